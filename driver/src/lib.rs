@@ -1,0 +1,1 @@
+//! Library for programs that use an extlb device.

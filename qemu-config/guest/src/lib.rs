@@ -1,0 +1,1 @@
+//! Programs that run inside the guest: the agent and the tour.
