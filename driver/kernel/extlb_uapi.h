@@ -1,0 +1,301 @@
+/* SPDX-License-Identifier: GPL-2.0 WITH Linux-syscall-note */
+/*
+ * Interface of the extlb driver.
+ *
+* Printed from the extlb-spec crate; do not edit. To print it again:
+ *   cargo run -p extlb-spec --bin extlb-headers
+ */
+#ifndef _UAPI_LINUX_EXTLB_H
+#define _UAPI_LINUX_EXTLB_H
+
+#include <linux/ioctl.h>
+#include <linux/types.h>
+
+#define EXTLB_UAPI_VERSION 1
+
+#define EXTLB_MMAP_DOORBELL 0
+
+#define EXTLB_MMAP_SHADOW 4096
+
+#define EXTLB_HISTOGRAM_BUCKETS 320
+
+#define EXTLB_WORK_MAX_LEN 0x80000000
+
+#define EXTLB_WORK_RING_LOG2_MIN 1
+
+#define EXTLB_WORK_RING_LOG2_MAX 12
+
+/* Flags of `CREATE`. */
+/* Follow the process with pte notifiers. */
+#define EXTLB_CREATE_FOLLOW_PTE 1
+/* Pin registered pages (FOLL_LONGTERM), as drivers without notifiers must. */
+#define EXTLB_CREATE_FOLLOW_PINNED 2
+
+/* Operations. */
+/* Does nothing, and completes. */
+#define EXTLB_OPCODE_NOP 0
+/*
+ * Copies `len` bytes from `src` to `dst`, lowest address first; if both overlap and
+ * `dst` is above `src` the result is undefined, but stays within `dst`.
+ */
+#define EXTLB_OPCODE_COPY 1
+/* Writes the pattern `arg` to `len` bytes at `dst`; the last repetition may be cut. */
+#define EXTLB_OPCODE_FILL 2
+/* CRC32C (Castagnoli) of `len` bytes at `src`, into `Completion::result`. */
+#define EXTLB_OPCODE_CRC32C 3
+/* Compares `len` bytes at `src` and `dst`; `result` is the offset of the first difference. */
+#define EXTLB_OPCODE_COMPARE 4
+
+/* Bits of `Descriptor::flags`. */
+/* Count the completion in `event_seq` and raise the completion interrupt. */
+#define EXTLB_WORK_INTERRUPT 1
+
+/* How an operation ended. */
+/* Not yet. */
+#define EXTLB_STATUS_PENDING 0
+/* All done. */
+#define EXTLB_STATUS_SUCCESS 1
+/* `fault_addr` is not mapped, or not writable, and software would not map it. */
+#define EXTLB_STATUS_PAGE_FAULT 2
+/* Unknown opcode, unknown flag or a reserved field that is not zero. */
+#define EXTLB_STATUS_BAD_DESCRIPTOR 3
+/* `len` is more than the largest. */
+#define EXTLB_STATUS_BAD_LENGTH 4
+/* An address range leaves the 48-bit address space. */
+#define EXTLB_STATUS_BAD_ADDRESS 5
+/* The page table is broken at `fault_addr`: reserved bits, or an address outside RAM. */
+#define EXTLB_STATUS_BUS_ERROR 6
+/* Compare found a difference. */
+#define EXTLB_STATUS_MISMATCH 7
+
+/* Why one context stopped while the others go on. */
+/* Its entry of the context table makes no sense. */
+#define EXTLB_CONTEXT_ERROR_BAD_ENTRY 1
+/* The tail is further ahead than the ring is long. */
+#define EXTLB_CONTEXT_ERROR_RING_OVERRUN 2
+/* A descriptor could not be read: its page request was refused, or the page table is broken. */
+#define EXTLB_CONTEXT_ERROR_RING_FAULT 3
+/* A completion record could not be written. */
+#define EXTLB_CONTEXT_ERROR_COMPLETION_FAULT 4
+/* The shadow page could not be accessed. */
+#define EXTLB_CONTEXT_ERROR_SHADOW 5
+/* Software answered a page request with failure. */
+#define EXTLB_CONTEXT_ERROR_PAGE_REQUEST_FAILED 6
+
+/* A work descriptor, an entry of the ring. */
+struct extlb_descriptor {
+	/* An `Opcode`. */
+	__u8 opcode;
+	/* See the descriptor flags. */
+	__u8 flags;
+	/* Zero. */
+	__u16 reserved0;
+	/* Zero. */
+	__u32 reserved1;
+	/* Where to read. */
+	__u64 src;
+	/* Where to write; second operand of a compare. */
+	__u64 dst;
+	/* Bytes, 0 to 2 GiB. Any alignment. */
+	__u64 len;
+	/* Address of the completion record, a multiple of 32. */
+	__u64 completion;
+	/* Fill: the pattern of 8 bytes, from `dst` on. CRC32C: the CRC to go on from, 0 at first. */
+	__u64 arg;
+	/* Not looked at; for the program. */
+	__u64 user;
+	/* Zero. */
+	__u64 reserved2;
+};
+
+/*
+ * A completion record. The device writes the other fields first and `status` last (release),
+ * as one aligned word, after every byte of the operation is visible.
+ */
+struct extlb_completion {
+	/* A `Status`; the program sets it to 0 before it submits. */
+	__u32 status;
+	/* Page fault: 1 if the access was a write. */
+	__u32 fault_write;
+	/* Bytes done from the start; on a fault all bytes below are done. */
+	__u64 bytes;
+	/* The address that faulted. */
+	__u64 fault_addr;
+	/* The result of the operation. */
+	__u64 result;
+};
+
+/*
+ * A context's shadow page: doorbell and state in RAM, so that a busy queue costs no exit
+ * from the guest. Each word has a cache line of its own. The program can write all of the
+ * page; the device trusts none of it, and keeps its own copy of what it wrote.
+ *
+ * To submit: write descriptors; store `tail` (release); full fence; load `need_kick`; if
+ * it is not 0, write the context's doorbell page. The device does the mirror image before
+ * it sleeps: store `need_kick` = 1; full fence; load `tail`; sleep only if nothing is new.
+ * So at least one of both sees the other.
+ */
+struct extlb_context_shadow {
+	/* Index after the last descriptor submitted. Written by the program. */
+	__u32 tail;
+	/* Zero. */
+	__u32 pad0[15];
+	/* Index after the last descriptor retired; its slot may be used again. By the device. */
+	__u32 head;
+	/* Zero. */
+	__u32 pad1[15];
+	/* Not 0: the device sleeps and wants a doorbell write. By the device. */
+	__u32 need_kick;
+	/* Zero. */
+	__u32 pad2[15];
+	/* Number of completions so far that asked for an interrupt. By the device. */
+	__u32 event_seq;
+	/* Zero. */
+	__u32 pad3[15];
+	/* Why the context stopped: a `ContextError`, 0 while it runs. By the device. */
+	__u32 error;
+	/* Zero. */
+	__u32 pad4;
+	/* The address that the error is about. By the device, before `error`. */
+	__u64 error_addr;
+	/* Zero. */
+	__u32 pad5[956];
+};
+
+/* See `INFO`. */
+struct extlb_info {
+	/* Version of the interface. */
+	__u32 version;
+	/* Flags that `CREATE` takes here. */
+	__u32 create_flags;
+	/* Contexts of the device. */
+	__u32 contexts;
+	/* 1 if the device has the oracle. */
+	__u32 oracle;
+	/* Largest log2 of a work ring. */
+	__u32 max_ring_log2;
+	/* Zero. */
+	__u32 reserved0;
+	/* Zero. */
+	__u64 reserved1;
+};
+
+/* See `CREATE`. */
+struct extlb_create {
+	/*
+	 * Address of the work ring, a multiple of 4096; registered by the program like any
+	 * other memory, before it submits.
+	 */
+	__u64 ring;
+	/* log2 of its number of descriptors. */
+	__u32 ring_log2;
+	/* One of the create flags; 0 takes the driver's default. */
+	__u32 flags;
+	/* Returned: the number of the context. */
+	__u32 context;
+	/* Zero. */
+	__u32 reserved0;
+	/* Zero. */
+	__u64 reserved1;
+};
+
+/* See `REGISTER`. */
+struct extlb_register {
+	/* Start, a multiple of 4096. */
+	__u64 addr;
+	/* Bytes, a multiple of 4096, not 0. */
+	__u64 len;
+	/* Zero. */
+	__u32 flags;
+	/* Returned: names the registration. */
+	__u32 handle;
+	/* Zero. */
+	__u64 reserved0;
+};
+
+/* See `UNREGISTER`. */
+struct extlb_unregister {
+	/* From `REGISTER`. */
+	__u32 handle;
+	/* Zero. */
+	__u32 reserved0;
+};
+
+/* See `STATS`. Counters of this context, unless said otherwise. */
+struct extlb_stats {
+	/* Times that the kernel took pages from the device and waited for its acknowledgement. */
+	__u64 shootdowns;
+	/* Device ptes cleared by them. */
+	__u64 shot_pages;
+	/* Page requests served. */
+	__u64 page_requests;
+	/* Page requests refused. */
+	__u64 refused_requests;
+	/* Device ptes installed. */
+	__u64 filled_pages;
+	/* Device ptes present now. */
+	__u64 mapped_pages;
+	/* Pages pinned now. */
+	__u64 pinned_pages;
+	/* Longest shootdown, in ns. */
+	__u64 shootdown_max_ns;
+	/* Device: operations that ended with success. */
+	__u64 ops_completed;
+	/* Device: operations that ended otherwise. */
+	__u64 ops_faulted;
+	/* Device: accesses that the oracle compared. */
+	__u64 oracle_checks;
+	/* Device: accesses that differed for a while. */
+	__u64 oracle_suspects;
+	/* Device: stale accesses. */
+	__u64 oracle_stale;
+	/* Zero. */
+	__u64 reserved[3];
+	/*
+	 * Latency of shootdowns in ns, from the call to the acknowledgement; for the buckets
+	 * see the histogram's definition.
+	 */
+	__u64 shootdown_ns[320];
+};
+
+/* See `AUDIT`. */
+struct extlb_audit {
+	/* Returned: translations compared. */
+	__u64 checked;
+	/* Returned: those that differ, and stayed so. */
+	__u64 mismatches;
+	/* Returned: the first of them. */
+	__u64 iova;
+	/* Returned: what the device would access there. */
+	__u64 device_gpa;
+	/* Returned: what the process has there; all ones for nothing. */
+	__u64 cpu_gpa;
+	/* Zero. */
+	__u64 reserved[3];
+};
+
+/* What the driver can do. */
+#define EXTLB_IOC_INFO _IOWR(0xeb, 0, struct extlb_info)
+
+/* Makes this open file a context. `EBUSY`: it is one, or all contexts are taken. */
+#define EXTLB_IOC_CREATE _IOWR(0xeb, 1, struct extlb_create)
+
+/*
+ * Lets the device use a range of addresses: pages follow the process, nothing is locked
+ * (or, in a pinned context, all pages are locked now). The range must be mapped.
+ */
+#define EXTLB_IOC_REGISTER _IOWR(0xeb, 2, struct extlb_register)
+
+/* Takes a range back. When it returns the device cannot touch it through this range. */
+#define EXTLB_IOC_UNREGISTER _IOWR(0xeb, 3, struct extlb_unregister)
+
+/* Counters of this context and of the device. */
+#define EXTLB_IOC_STATS _IOWR(0xeb, 4, struct extlb_stats)
+
+/*
+ * Lets the device compare its translations with the process's page table. `EOPNOTSUPP`
+ * without the oracle. Transient differences are looked at again before they are reported.
+ */
+#define EXTLB_IOC_AUDIT _IOWR(0xeb, 5, struct extlb_audit)
+
+#endif /* _UAPI_LINUX_EXTLB_H */
