@@ -1,1 +1,6 @@
-//! Programs that run inside the guest: the agent and the tour.
+//! What runs inside the guest, and the protocol by which the rig speaks with it.
+//!
+//! The rig depends on this crate for [`protocol`] only: both ends are compiled from one definition.
+
+pub mod agent;
+pub mod protocol;

@@ -1,0 +1,6 @@
+//! The tour.
+
+fn main() {
+    eprintln!("extlb-tour: not built yet");
+    std::process::exit(1);
+}
