@@ -1,0 +1,279 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * What the files of the extlb driver share.
+ *
+ * Locks, outermost first; README.md says what each is for:
+ *
+ *	extlb_dev.sem
+ *	  extlb_ctx.lock
+ *	    mmap_lock
+ *	      [mutex of the pte notifier core]
+ *	        extlb_ctx.stop_lock
+ *	      [i_mmap, anon_vma, folio and page table locks; pte notifier lock]
+ *	        extlb_ctx.pt_lock
+ *	          extlb_iq.lock
+ *	          extlb_dev.fence_lock
+ *	    extlb_prq.lock
+ *	      extlb_dev.ctx_lock, extlb_ctx.fault_lock, extlb_iq.lock
+ *
+ * None of them is taken in interrupt context: the interrupt handlers are
+ * threads. So plain spin_lock() it is, and interrupts stay enabled while
+ * somebody waits for the device.
+ */
+#ifndef _EXTLB_H
+#define _EXTLB_H
+
+#include <linux/atomic.h>
+#include <linux/kref.h>
+#include <linux/list.h>
+#include <linux/maple_tree.h>
+#include <linux/miscdevice.h>
+#include <linux/mm_types.h>
+#include <linux/mutex.h>
+#include <linux/pci.h>
+#include <linux/rwsem.h>
+#include <linux/spinlock.h>
+#include <linux/srcu.h>
+#include <linux/wait.h>
+#include <linux/workqueue.h>
+#include <linux/xarray.h>
+
+#if IS_ENABLED(CONFIG_PTE_NOTIFIERS)
+#include <linux/pte_notifier.h>
+#endif
+
+#include "extlb_hw.h"
+#include "extlb_uapi.h"
+
+#if !defined(CONFIG_64BIT) || defined(__BIG_ENDIAN)
+#error "The memory formats of extlb are those of a 64-bit little-endian machine"
+#endif
+
+#define EXTLB_IOVA_END		(1UL << EXTLB_IOVA_BITS)
+/* Page requests of one context that may wait at a time. */
+#define EXTLB_CREDITS		16
+/* Registrations of one context. */
+#define EXTLB_MAX_RANGES	4096
+
+/* Words of extlb_kernel_shadow.wait. */
+#define EXTLB_WAIT_ACK		0	/* sequence of the last wait done */
+#define EXTLB_WAIT_AUDIT	8	/* an extlb_audit_result, aligned to 64 */
+
+/* Latencies as programs read them, see the histogram in the spec. */
+struct extlb_histogram {
+	atomic64_t buckets[EXTLB_HISTOGRAM_BUCKETS];
+	atomic64_t max;
+};
+
+/* The invalidation queue: commands to the device. */
+struct extlb_iq {
+	spinlock_t lock;		/* of all below, and of the order of @seq */
+	struct extlb_command *ring;
+	dma_addr_t dma;
+	u32 entries;
+	u32 tail;
+	u64 seq;			/* of the last wait posted */
+};
+
+/* The page request ring: requests from the device. */
+struct extlb_prq {
+	struct mutex lock;		/* of the consumer's side */
+	struct extlb_page_request *ring;
+	dma_addr_t dma;
+	u32 entries;
+	u32 head;
+};
+
+struct extlb_dev {
+	struct kref ref;
+	struct pci_dev *pdev;
+	int id;
+	char name[16];
+	struct miscdevice misc;
+	struct dentry *debugfs;
+
+	/* Held for reading by whoever talks to the device in a system call. */
+	struct rw_semaphore sem;
+	bool removed;			/* under sem; and under srcu for faults */
+	struct srcu_struct srcu;
+
+	/*
+	 * The device is fenced off: it accesses no memory any more, and will
+	 * not. Set once, after that is so; see extlb_fence().
+	 */
+	bool dead;
+	spinlock_t fence_lock;
+	struct work_struct dead_work;
+
+	void __iomem *regs;
+	phys_addr_t doorbells;
+	u64 cap;
+	u32 contexts;			/* number of entries of @table */
+
+	struct extlb_kernel_shadow *shadow;
+	dma_addr_t shadow_dma;
+	struct extlb_context_entry *table;
+	dma_addr_t table_dma;
+	struct extlb_iq iq;
+	struct extlb_prq prq;
+	struct workqueue_struct *wq;
+
+	spinlock_t ctx_lock;		/* of @ctx and @files */
+	struct extlb_ctx *ctx[EXTLB_MAX_CONTEXTS];
+	struct list_head files;		/* of extlb_ctx.node: all open files */
+
+	struct mutex audit_lock;
+	struct mutex oracle_lock;	/* of ORACLE_SELECT */
+	bool ignore_notifier;
+	struct extlb_histogram shootdown_ns;
+	atomic64_t shootdowns;
+};
+
+enum extlb_ctx_state {
+	EXTLB_CTX_NEW,			/* open, no context yet */
+	EXTLB_CTX_LIVE,
+	EXTLB_CTX_CLOSED,
+};
+
+/* An open file, and its context once there is one. */
+struct extlb_ctx {
+	struct kref ref;
+	struct extlb_dev *dev;
+	struct list_head node;		/* in extlb_dev.files */
+	struct address_space *mapping;	/* of the open file */
+
+	struct mutex lock;		/* of state changes and registrations */
+	enum extlb_ctx_state state;	/* set to LIVE with release semantics */
+	u32 index;			/* in the context table */
+	bool pinned;			/* follow by pinning, not by notifiers */
+	struct mm_struct *mm;		/* mm_count is held, mm_users is not */
+	struct extlb_context_shadow *shadow;
+
+	struct mutex stop_lock;
+	bool stopped;			/* the device is silent for this context */
+
+	/*
+	 * The page table, and what says whether it may grow. Callbacks from
+	 * the memory manager take pt_lock in atomic context.
+	 */
+	spinlock_t pt_lock;
+	u64 *root;
+	bool closing;			/* no table and no leaf is added any more */
+	u64 inval_seq;			/* wait of the last invalidation posted */
+
+	struct maple_tree live;		/* address -> range that covers it now */
+	struct xarray ranges;		/* handle -> range */
+
+	spinlock_t fault_lock;		/* of the queue of page requests */
+	struct extlb_page_request faults[EXTLB_CREDITS];
+	unsigned int fault_head, fault_tail;
+	struct work_struct fault_work;
+
+	wait_queue_head_t wait;		/* pollers and readers */
+	u32 events_seen;		/* by the interrupt handler */
+	u32 events_taken;		/* by read() */
+	u32 error;			/* a ContextError */
+
+	atomic64_t shootdowns, shot_pages, page_requests, refused_requests;
+	atomic64_t filled_pages, mapped_pages, pinned_pages;
+	struct extlb_histogram shootdown_ns;
+};
+
+/* A registration. */
+struct extlb_range {
+	struct kref ref;
+	struct extlb_ctx *ctx;
+	unsigned long start, end;
+	u32 handle;
+	bool closing;			/* under pt_lock: nothing is installed any more */
+#if IS_ENABLED(CONFIG_PTE_NOTIFIERS)
+	struct pte_notifier pn;
+#endif
+	/* Pinned mode: struct page pointers, bit 0 set if pinned for writing. */
+	unsigned long *pages;
+	unsigned long npages;
+};
+
+/* What a clear took away. */
+struct extlb_cleared {
+	unsigned long start, end;	/* bounds of the leaves */
+	unsigned long pages;
+};
+
+/* extlb_drv.c */
+void extlb_fence(struct extlb_dev *dev, const char *reason);
+u64 extlb_read_counter(struct extlb_dev *dev, u32 reg);
+void extlb_dev_put(struct extlb_dev *dev);
+/* Acquire: what follows happens after the device went silent. */
+static inline bool extlb_is_dead(struct extlb_dev *dev)
+{
+	return smp_load_acquire(&dev->dead);
+}
+
+/* extlb_dev.c */
+extern const struct file_operations extlb_fops;
+
+/* extlb_ctx.c */
+struct extlb_ctx *extlb_ctx_new(struct extlb_dev *dev);
+int extlb_ctx_create(struct extlb_ctx *ctx, struct extlb_create *arg);
+void extlb_ctx_stop(struct extlb_ctx *ctx);
+void extlb_ctx_close(struct extlb_ctx *ctx);
+struct extlb_ctx *extlb_ctx_get(struct extlb_dev *dev, u32 index);
+void extlb_ctx_put(struct extlb_ctx *ctx);
+void extlb_ctx_error(struct extlb_ctx *ctx, u32 code);
+u32 extlb_default_follow(void);
+u32 extlb_create_flags(void);
+
+/* extlb_range.c */
+int extlb_range_register(struct extlb_ctx *ctx, struct extlb_register *arg);
+int extlb_range_unregister(struct extlb_ctx *ctx, u32 handle);
+void extlb_range_unregister_all(struct extlb_ctx *ctx);
+struct extlb_range *extlb_range_find(struct extlb_ctx *ctx, unsigned long addr,
+				     unsigned long *end);
+void extlb_range_forget(struct extlb_range *range, unsigned long start,
+			unsigned long end);
+void extlb_range_put(struct extlb_range *range);
+
+/* extlb_pgtable.c */
+int extlb_pt_init(struct extlb_ctx *ctx);
+void extlb_pt_free(struct extlb_ctx *ctx);
+int extlb_pt_prepare(struct extlb_ctx *ctx, unsigned long start,
+		     unsigned long end);
+u64 *extlb_pt_leaf(struct extlb_ctx *ctx, unsigned long addr);
+void extlb_pt_set(struct extlb_ctx *ctx, u64 *leaf, unsigned long pfn,
+		  bool writable);
+void extlb_pt_clear(struct extlb_ctx *ctx, unsigned long start,
+		    unsigned long end, struct extlb_cleared *cleared);
+void extlb_pt_shoot_down(struct extlb_ctx *ctx, unsigned long start,
+			 unsigned long end, bool may_sleep);
+void extlb_pt_prune(struct extlb_ctx *ctx, unsigned long start,
+		    unsigned long end);
+
+/* extlb_follow_pte.c */
+int extlb_follow_register(struct extlb_range *range);
+void extlb_follow_unregister(struct extlb_range *range);
+int extlb_follow_fill(struct extlb_range *range, unsigned long start,
+		      unsigned long end, bool write);
+
+/* extlb_pin.c */
+int extlb_pin_register(struct extlb_range *range);
+void extlb_pin_unregister(struct extlb_range *range);
+
+/* extlb_iq.c */
+u64 extlb_iq_post(struct extlb_dev *dev, const struct extlb_command *command,
+		  bool ack);
+void extlb_iq_wait(struct extlb_dev *dev, u64 seq, bool may_sleep);
+void extlb_kick(struct extlb_dev *dev, const u32 *need_kick);
+
+/* extlb_prq.c */
+void extlb_prq_consume(struct extlb_dev *dev);
+void extlb_fault_work(struct work_struct *work);
+
+/* extlb_debugfs.c */
+void extlb_debugfs_add(struct extlb_dev *dev);
+void extlb_debugfs_remove(struct extlb_dev *dev);
+void extlb_debugfs_init(void);
+void extlb_debugfs_exit(void);
+void extlb_histogram_add(struct extlb_histogram *h, u64 ns);
+
+#endif /* _EXTLB_H */

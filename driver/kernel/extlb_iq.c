@@ -1,0 +1,170 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * The invalidation queue: commands to the device, and waiting for it.
+ *
+ * A command that must be waited for is followed by a wait command, which lets
+ * the device write a sequence number to RAM. The device works in order, so one
+ * word serves everybody: whoever waits for n waits for the word to reach n. No
+ * register is read, and nothing is locked while waiting; any number of CPUs
+ * wait at once.
+ *
+ * Posting and waiting are fit for atomic context: clear() of a pte notifier
+ * comes under page table locks. The device never makes the queue wait for a
+ * page request or for an operation, so the waits here end by themselves; if
+ * the device breaks that promise it is fenced off.
+ */
+#include <linux/delay.h>
+#include <linux/io.h>
+#include <linux/moduleparam.h>
+#include <linux/timekeeping.h>
+
+#include "extlb.h"
+
+static unsigned int ack_timeout_ms = 2000;
+module_param(ack_timeout_ms, uint, 0644);
+MODULE_PARM_DESC(ack_timeout_ms,
+		 "Time the device has to acknowledge an invalidation before it is fenced off, 10 to 60000 (default 2000)");
+
+/* Spins before a waiter that may sleep does so. */
+#define SPINS_BEFORE_SLEEP	2000
+
+static u64 deadline(void)
+{
+	return ktime_get_mono_fast_ns() +
+	       clamp(READ_ONCE(ack_timeout_ms), 10U, 60000U) * 1000000ULL;
+}
+
+/* Wakes the device if it sleeps. See the handshake in the shadow page. */
+void extlb_kick(struct extlb_dev *dev, const u32 *need_kick)
+{
+	/*
+	 * Our index was stored before; the device sets need_kick before it
+	 * looks at the index for the last time. With a full fence on each side
+	 * one sees the other. mb(), not smp_mb(): the device is there on a
+	 * machine of one CPU, too.
+	 */
+	mb();
+	if (READ_ONCE(*need_kick))
+		writel(1, dev->regs + EXTLB_REG_KICK);
+}
+
+static void put_command(struct extlb_iq *iq, const struct extlb_command *command)
+{
+	iq->ring[iq->tail & (iq->entries - 1)] = *command;
+	iq->tail++;
+}
+
+/*
+ * Takes the lock with room for @need commands. False: the device is dead, and
+ * the lock is not held.
+ */
+static bool lock_with_room(struct extlb_dev *dev, u32 need)
+{
+	struct extlb_iq *iq = &dev->iq;
+	u64 end = 0;
+	u32 used;
+
+	for (;;) {
+		spin_lock(&iq->lock);
+		if (extlb_is_dead(dev))
+			break;
+		used = iq->tail - READ_ONCE(dev->shadow->iq_head);
+		if (used + need <= iq->entries)
+			return true;
+		spin_unlock(&iq->lock);
+
+		if (used > iq->entries) {
+			extlb_fence(dev, "head of the invalidation queue makes no sense");
+			return false;
+		}
+		if (!end)
+			end = deadline();
+		else if (ktime_get_mono_fast_ns() > end)
+			extlb_fence(dev, "invalidation queue stays full");
+		cpu_relax();
+	}
+	spin_unlock(&iq->lock);
+	return false;
+}
+
+/**
+ * extlb_iq_post() - post a command
+ * @dev: the device
+ * @command: the command
+ * @ack: post a wait command behind it, for cleared and drained
+ *
+ * All that was stored before, above all to page tables and context entries, is
+ * visible to the device when it carries out the command.
+ *
+ * Return: with @ack what to give to extlb_iq_wait(); 0 if the device is dead:
+ * then there is nothing to wait for.
+ */
+u64 extlb_iq_post(struct extlb_dev *dev, const struct extlb_command *command,
+		  bool ack)
+{
+	struct extlb_iq *iq = &dev->iq;
+	u64 seq = 0;
+
+	if (!lock_with_room(dev, ack ? 2 : 1))
+		return 0;
+
+	put_command(iq, command);
+	if (ack) {
+		struct extlb_command wait = {
+			.kind = EXTLB_COMMAND_KIND_WAIT,
+			.flags = EXTLB_WAIT_WRITE | EXTLB_WAIT_CLEARED |
+				 EXTLB_WAIT_DRAINED,
+			.addr = dev->shadow_dma +
+				offsetof(struct extlb_kernel_shadow,
+					 wait[EXTLB_WAIT_ACK]),
+		};
+
+		seq = ++iq->seq;
+		wait.value = seq;
+		put_command(iq, &wait);
+	}
+	/* The commands, and what they are about, before the tail. */
+	dma_wmb();
+	WRITE_ONCE(dev->shadow->iq_tail, iq->tail);
+	extlb_kick(dev, &dev->shadow->iq_need_kick);
+	spin_unlock(&iq->lock);
+	return seq;
+}
+
+static bool acknowledged(struct extlb_dev *dev, u64 seq)
+{
+	/* Acquire: the page is reused only after the device let go of it. */
+	u64 ack = smp_load_acquire(&dev->shadow->wait[EXTLB_WAIT_ACK]);
+
+	return (s64)(ack - seq) >= 0;
+}
+
+/**
+ * extlb_iq_wait() - wait until the device has acknowledged
+ * @dev: the device
+ * @seq: from extlb_iq_post()
+ * @may_sleep: whether the caller may
+ *
+ * When it returns, the device does not access what the invalidation was about:
+ * either it said so, or it was fenced off.
+ */
+void extlb_iq_wait(struct extlb_dev *dev, u64 seq, bool may_sleep)
+{
+	unsigned int spins = 0;
+	u64 end = 0;
+
+	while (!acknowledged(dev, seq)) {
+		if (extlb_is_dead(dev))
+			return;
+		if (++spins % 64 == 0) {
+			if (!end)
+				end = deadline();
+			else if (ktime_get_mono_fast_ns() > end)
+				extlb_fence(dev, "no acknowledgment of an invalidation");
+		}
+		if (may_sleep && spins > SPINS_BEFORE_SLEEP)
+			usleep_range(20, 50);
+		else
+			cpu_relax();
+	}
+}
