@@ -1,1 +1,5 @@
-fn main() {}
+//! The rig's command line.
+
+fn main() {
+    std::process::exit(extlb::cli::main());
+}

@@ -1,0 +1,134 @@
+//! Programs of this workspace that the rig builds itself: those of the guest, and the rig's own
+//! binary when the rig is used as a library.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use crate::child;
+use crate::paths::{self, Cache};
+use crate::progress::Step;
+
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// Programs for the guest, statically linked.
+#[derive(Clone, Debug)]
+pub struct GuestPrograms {
+    /// Process 1.
+    pub agent: PathBuf,
+    /// The tour.
+    pub tour: PathBuf,
+}
+
+/// Builds the guest's programs (cargo decides what is stale).
+pub fn guest_programs(cache: &Cache) -> Result<GuestPrograms> {
+    let target = paths::target(cache)?.join("guest");
+    let mut command = cargo(&target);
+    command.args(["--package", "extlb-guest", "--bins", "--target", TARGET]);
+    command.env(
+        "RUSTFLAGS",
+        "-C target-feature=+crt-static -C strip=symbols",
+    );
+    build(cache, &mut command, "guest").context(
+        "the guest's programs do not build; a static C library is needed (package libc6-dev)",
+    )?;
+    let folder = target.join(TARGET).join("release");
+    Ok(GuestPrograms {
+        agent: folder.join("extlb-agent"),
+        tour: folder.join("extlb-tour"),
+    })
+}
+
+/// The rig's own binary, which also is the device server and the sandbox: this program if it is the
+/// one, else it is built.
+pub fn rig_binary(cache: &Cache) -> Result<PathBuf> {
+    let this = std::env::current_exe().context("cannot tell which program this is")?;
+    if this.file_stem().is_some_and(|name| name == "extlb") {
+        return Ok(this);
+    }
+    let target = paths::target(cache)?.join("rig");
+    build(
+        cache,
+        cargo(&target).args(["--package", "extlb", "--bin", "extlb"]),
+        "rig",
+    )?;
+    Ok(target.join("release/extlb"))
+}
+
+/// `cargo build --release`, free of what an outer cargo has set for its own build.
+fn cargo(target: &Path) -> Command {
+    let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = Command::new(program);
+    command
+        .current_dir(paths::repo())
+        .args(["build", "--release", "--color=never"]);
+    command.arg("--target-dir").arg(target);
+    for (name, _) in std::env::vars_os() {
+        if name.to_str().is_some_and(confuses_cargo) {
+            command.env_remove(name);
+        }
+    }
+    command
+}
+
+/// Whether a variable is an outer build's; where crates come from (home, registries, network) stays.
+fn confuses_cargo(name: &str) -> bool {
+    let kept = [
+        "CARGO_HOME",
+        "CARGO_REGISTR",
+        "CARGO_HTTP",
+        "CARGO_NET",
+        "CARGO_SOURCE",
+    ];
+    let outer = name.starts_with("CARGO")
+        || name.starts_with("RUSTC")
+        || [
+            "RUSTFLAGS",
+            "RUSTDOCFLAGS",
+            "LD_LIBRARY_PATH",
+            "OUT_DIR",
+            "TARGET",
+            "HOST",
+        ]
+        .contains(&name);
+    outer && !kept.iter().any(|kept| name.starts_with(kept))
+}
+
+fn build(cache: &Cache, command: &mut Command, name: &str) -> Result<()> {
+    let log = cache.path(format!("log/cargo-{name}-{}.log", std::process::id()))?;
+    let mut step = Step::begin(format!("building the {name}'s programs"));
+    if let Err(error) = child::run(command, &log, &mut step, String::new) {
+        bail!("{error:#}");
+    }
+    step.done();
+    let _ = std::fs::remove_file(&log);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::confuses_cargo;
+
+    #[test]
+    fn an_outer_cargos_variables_go_and_the_way_to_crates_stays() {
+        for name in [
+            "CARGO_PKG_NAME",
+            "CARGO_TARGET_DIR",
+            "CARGO",
+            "RUSTFLAGS",
+            "RUSTC_WRAPPER",
+        ] {
+            assert!(confuses_cargo(name), "{name}");
+        }
+        for name in [
+            "CARGO_HOME",
+            "CARGO_HTTP_PROXY",
+            "RUSTUP_HOME",
+            "PATH",
+            "HOME",
+        ] {
+            assert!(!confuses_cargo(name), "{name}");
+        }
+    }
+}

@@ -1,0 +1,230 @@
+//! Commands and options.
+
+use std::ffi::OsString;
+use std::io::IsTerminal;
+use std::time::Duration;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use crate::kernel::{self, Flavour};
+use crate::outcome::{Outcome, UNAVAILABLE};
+use crate::profile::{Mebibytes, Profile};
+use crate::rig::{Options, Rig};
+use crate::run::{Addition, Request, run_command};
+use crate::vm::{Input, Sinks, window};
+use crate::{cargo, demo, device, doctor, paths, sandbox, signals};
+
+/// A device that works on a process's memory by its virtual addresses, and a guest to watch it in.
+///
+/// Exit codes: the command's own; 1 a demonstration failed; 2 wrong usage; 69 the rig cannot run;
+/// 70 the guest died or its kernel reported a fault; 124 the time was up.
+#[derive(Debug, Parser)]
+#[command(name = "extlb", version)]
+struct Cli {
+    #[command(flatten)]
+    options: Options,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Show what the device does and prove it (the default)
+    Demo(demo::Arguments),
+    /// Run a command in a guest with the device
+    Run(RunArguments),
+    /// A shell in a guest with the device
+    Shell(ShellArguments),
+    /// Say what is there, what is missing, and what to do
+    Doctor(doctor::Arguments),
+    /// The guest's kernel
+    #[command(subcommand)]
+    Kernel(KernelCommand),
+    /// The device alone, for a QEMU of your own
+    Device(device::Arguments),
+    #[command(hide = true)]
+    Sandbox(sandbox::Arguments),
+}
+
+#[derive(Debug, Subcommand)]
+enum KernelCommand {
+    /// Build it, unless it is in the cache, and say where it is
+    Build,
+}
+
+/// The machine, beyond its profile.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub struct MachineArguments {
+    /// Memory of the guest (512M, 2G)
+    #[arg(long)]
+    memory: Option<Mebibytes>,
+    /// Number of virtual processors
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=8))]
+    smp: Option<u32>,
+    /// Words for the kernel's command line; extlb.NAME=VALUE sets a parameter of the driver
+    #[arg(long, value_name = "ARGS", allow_hyphen_values = true)]
+    append: Vec<String>,
+    /// End the guest after this many seconds (exit code 124)
+    #[arg(long, value_name = "SECONDS")]
+    timeout: Option<u64>,
+}
+
+impl MachineArguments {
+    /// The profile chosen, or the one named here, with what the arguments change.
+    pub fn profile(&self, options: &Options, default: &str) -> Result<Profile> {
+        let mut profile = Profile::load(options.profile.as_deref().unwrap_or(default))?;
+        profile.memory = self.memory.unwrap_or(profile.memory);
+        profile.smp = self.smp.unwrap_or(profile.smp);
+        for words in &self.append {
+            profile.append.push(' ');
+            profile.append.push_str(words);
+        }
+        Ok(profile)
+    }
+
+    /// How long the run may take.
+    pub fn timeout(&self) -> Option<Duration> {
+        self.timeout.map(Duration::from_secs)
+    }
+}
+
+#[derive(Debug, clap::Args)]
+struct RunArguments {
+    /// Put a file or folder of this machine into the guest
+    #[arg(long, value_name = "HOST_PATH[:GUEST_PATH]", value_parser = Addition::parse)]
+    add: Vec<Addition>,
+    #[command(flatten)]
+    machine: MachineArguments,
+    /// The command: the guest's own, or this machine's (taken along with its shared libraries)
+    #[arg(last = true, required = true, value_name = "CMD")]
+    command: Vec<OsString>,
+}
+
+#[derive(Debug, clap::Args)]
+struct ShellArguments {
+    /// Put a file or folder of this machine into the guest
+    #[arg(long, value_name = "HOST_PATH[:GUEST_PATH]", value_parser = Addition::parse)]
+    add: Vec<Addition>,
+    #[command(flatten)]
+    machine: MachineArguments,
+}
+
+/// Runs the command that the arguments name; returns the exit code.
+pub fn main() -> i32 {
+    let cli = Cli::parse();
+    match execute(cli) {
+        Ok(code) => code,
+        Err(error) => {
+            signals::restore_terminal();
+            eprintln!("extlb: {error:#}");
+            UNAVAILABLE
+        }
+    }
+}
+
+fn execute(cli: Cli) -> Result<i32> {
+    let options = cli.options;
+    let command = match cli.command {
+        // These two must stay free of other threads, or serve until their client goes.
+        Some(Command::Sandbox(arguments)) => match sandbox::enter(&arguments)? {},
+        Some(Command::Device(arguments)) => return device::serve(&arguments),
+        Some(command) => command,
+        None => Command::Demo(demo::Arguments::default()),
+    };
+    signals::handle()?;
+    match command {
+        Command::Demo(arguments) => demo::run(&options, &arguments),
+        Command::Run(arguments) => run(&options, arguments),
+        Command::Shell(arguments) => shell(&options, arguments),
+        Command::Doctor(arguments) => doctor::run(&options, &arguments),
+        Command::Kernel(KernelCommand::Build) => build_kernel(options.flavour),
+        Command::Device(_) | Command::Sandbox(_) => unreachable!("dealt with above"),
+    }
+}
+
+fn run(options: &Options, arguments: RunArguments) -> Result<i32> {
+    let request = Request {
+        add: arguments.add,
+        profile: arguments.machine.profile(options, "default")?,
+        timeout: arguments.machine.timeout(),
+        ..Request::new(arguments.command)
+    };
+    let rig = Rig::prepare(options)?;
+    let input = Input::Forwarded { terminal: false };
+    Ok(tell(&run_command(&rig, &request, input, &Sinks::inherit)?))
+}
+
+fn shell(options: &Options, arguments: ShellArguments) -> Result<i32> {
+    let terminal = std::io::stdin().is_terminal() && std::io::stdout().is_terminal();
+    let request = Request {
+        add: arguments.add,
+        profile: arguments.machine.profile(options, "default")?,
+        timeout: arguments.machine.timeout(),
+        tty: terminal.then(window),
+        ..Request::new(["/bin/sh", "-l"])
+    };
+    let rig = Rig::prepare(options)?;
+    if terminal {
+        signals::raw_terminal()?;
+    }
+    let outcome = run_command(
+        &rig,
+        &request,
+        Input::Forwarded { terminal },
+        &Sinks::inherit,
+    );
+    signals::restore_terminal();
+    Ok(tell(&outcome?))
+}
+
+/// Says what there is to say, and returns the exit code.
+pub fn tell(outcome: &Outcome) -> i32 {
+    for line in outcome.explanation() {
+        eprintln!("{line}");
+    }
+    outcome.code()
+}
+
+fn build_kernel(flavour: Flavour) -> Result<i32> {
+    let cache = paths::Cache::open()?;
+    let (image, driver) = kernel::get(&cache, &cargo::rig_binary(&cache)?, flavour, true)?;
+    println!("{}", image.display());
+    if let Some(driver) = driver {
+        println!("{}", driver.display());
+    }
+    Ok(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_commands_own_options_are_left_alone() {
+        let cli = Cli::try_parse_from(["extlb", "run", "--smp", "4", "--", "ls", "--memory", "-l"]);
+        let Some(Command::Run(run)) = cli.unwrap().command else {
+            panic!("not run")
+        };
+        assert_eq!(run.machine.smp, Some(4));
+        assert_eq!(run.command, ["ls", "--memory", "-l"]);
+        for wrong in [
+            &["extlb", "run"][..],
+            &["extlb", "run", "--smp", "0", "--", "x"],
+            &["extlb", "run", "--memory", "lots", "--", "x"],
+            &["extlb", "no-such-command"],
+        ] {
+            assert_eq!(
+                Cli::try_parse_from(wrong).unwrap_err().exit_code(),
+                2,
+                "{wrong:?}"
+            );
+        }
+    }
+}

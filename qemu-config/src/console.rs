@@ -1,0 +1,252 @@
+//! The guest's console, watched for reports of the kernel.
+//!
+//! Only the kernel's own lines count (they begin with a time stamp); what a program prints on the
+//! console decides nothing.
+
+use std::collections::VecDeque;
+
+/// Lines kept for context when a guest dies without a report.
+const KEPT_LINES: usize = 60;
+/// A report longer than this is cut.
+const REPORT_LINES: usize = 120;
+/// Reports kept; the first ones matter most.
+const REPORTS: usize = 20;
+/// A longer line is cut; a guest must not be able to fill the rig's memory.
+const LINE_BYTES: usize = 4096;
+
+/// Texts that begin a report, anywhere in a kernel line.
+const SIGNS: &[&str] = &[
+    "Kernel panic",
+    "Oops:",
+    "BUG:",
+    "WARNING:",
+    "kernel BUG at",
+    "general protection fault",
+    "double fault",
+    "possible circular locking",
+    "possible recursive locking",
+    "INFO: possible",
+    "inconsistent lock state",
+    "suspicious RCU usage",
+    "sleeping function called",
+    "bad unlock balance",
+    "held lock freed",
+    "Invalid wait context",
+    "KASAN:",
+    "KCSAN:",
+    "KFENCE:",
+    "UBSAN:",
+    "blocked for more than",
+    "soft lockup",
+    "hard LOCKUP",
+    "detected stall",
+    "self-detected stall",
+    "list_add corruption",
+    "list_del corruption",
+    "ODEBUG:",
+    "extlb: ORACLE",
+    "pte_notifier: ORACLE",
+];
+
+/// Texts that end a report.
+const ENDS: &[&str] = &["---[ end", "</TASK>"];
+
+/// What the kernel said about itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// The lines, time stamps taken off.
+    pub lines: Vec<String>,
+}
+
+/// Takes the console's bytes and finds the reports in them.
+#[derive(Default)]
+pub struct Watcher {
+    line: Vec<u8>,
+    kept: VecDeque<String>,
+    reports: Vec<Report>,
+    /// Whether the last report is still going on.
+    open: bool,
+}
+
+impl Watcher {
+    /// Takes the next piece, cut anywhere.
+    pub fn feed(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            match byte {
+                b'\n' => self.end_line(),
+                b'\r' => {}
+                _ if self.line.len() < LINE_BYTES => self.line.push(*byte),
+                _ => {}
+            }
+        }
+    }
+
+    /// The console is closed; what is left counts as a line.
+    pub fn finish(&mut self) {
+        if !self.line.is_empty() {
+            self.end_line();
+        }
+    }
+
+    /// All reports so far.
+    pub fn reports(&self) -> &[Report] {
+        &self.reports
+    }
+
+    /// The last lines, for a guest that died without a word.
+    pub fn last_lines(&self) -> Vec<String> {
+        self.kept.iter().cloned().collect()
+    }
+
+    fn end_line(&mut self) {
+        let line = String::from_utf8_lossy(&std::mem::take(&mut self.line)).into_owned();
+        if self.kept.len() == KEPT_LINES {
+            self.kept.pop_front();
+        }
+        self.kept.push_back(line.clone());
+        let Some(text) = kernel_text(&line) else {
+            return;
+        };
+        let begins = SIGNS.iter().any(|sign| text.contains(sign));
+        if begins && !self.open {
+            self.open = self.reports.len() < REPORTS;
+            if self.open {
+                self.reports.push(Report::default());
+            }
+        }
+        if self.open
+            && let Some(report) = self.reports.last_mut()
+        {
+            report.lines.push(text.to_owned());
+            let ends = ENDS.iter().any(|end| text.contains(end));
+            self.open = !ends && report.lines.len() < REPORT_LINES;
+        }
+    }
+}
+
+/// A kernel line without its time stamp `[   12.345678] ` (and, with CONFIG_PRINTK_CALLER, the
+/// caller); `None` for other lines.
+fn kernel_text(line: &str) -> Option<&str> {
+    let start = line.find('[')?;
+    // Printed over what a program left unfinished on its line.
+    let (stamp, text) = line[start + 1..].split_once(']')?;
+    let (seconds, fraction) = stamp.trim_start().split_once('.')?;
+    let digits = |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
+    if !digits(seconds) || fraction.len() != 6 || !digits(fraction) {
+        return None;
+    }
+    Some(text.strip_prefix(' ').unwrap_or(text))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn watch(text: &str) -> Watcher {
+        let mut watcher = Watcher::default();
+        // Cut in pieces, as a pipe does.
+        for piece in text.as_bytes().chunks(7) {
+            watcher.feed(piece);
+        }
+        watcher.finish();
+        watcher
+    }
+
+    const WARNING: &str = "[    1.000000] all is well\r\n\
+        [    2.000000] ------------[ cut here ]------------\r\n\
+        [    2.000001] WARNING: CPU: 1 PID: 77 at mm/x.c:12 f+0x1/0x2\r\n\
+        [    2.000002] Call Trace:\r\n\
+        [    2.000003]  <TASK>\r\n\
+        [    2.000004]  g+0x3/0x4\r\n\
+        [    2.000005]  </TASK>\r\n\
+        [    2.000006] ---[ end trace 0000000000000000 ]---\r\n\
+        [    3.000000] all is well again\r\n";
+
+    #[test]
+    fn a_warning_is_a_report_with_its_trace_and_nothing_else() {
+        let watcher = watch(WARNING);
+        assert_eq!(watcher.reports().len(), 1);
+        let lines = &watcher.reports()[0].lines;
+        assert_eq!(lines[0], "WARNING: CPU: 1 PID: 77 at mm/x.c:12 f+0x1/0x2");
+        assert_eq!(lines.last().unwrap(), " </TASK>");
+    }
+
+    #[test]
+    fn each_kind_of_report_is_found() {
+        let samples = [
+            "Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000100",
+            "Oops: Oops: 0002 [#1] PREEMPT SMP NOPTI",
+            "BUG: unable to handle page fault for address: ffff888100000000",
+            "BUG: Bad page state in process x  pfn:01234",
+            "WARNING: possible circular locking dependency detected",
+            "WARNING: inconsistent lock state",
+            "WARNING: suspicious RCU usage",
+            "BUG: sleeping function called from invalid context at mm/x.c:1",
+            "BUG: KASAN: slab-use-after-free in f+0x1/0x2",
+            "UBSAN: array-index-out-of-bounds in x.c:1:2",
+            "INFO: task x:12 blocked for more than 120 seconds.",
+            "watchdog: BUG: soft lockup - CPU#0 stuck for 22s! [x:12]",
+            "rcu: INFO: rcu_preempt detected stalls on CPUs/tasks:",
+            "rcu: INFO: rcu_preempt self-detected stall on CPU",
+            "extlb: ORACLE: page 0x1234 freed while mapped",
+        ];
+        for sample in samples {
+            let watcher = watch(&format!("[    1.234567] {sample}\n"));
+            assert_eq!(watcher.reports().len(), 1, "{sample}");
+        }
+    }
+
+    #[test]
+    fn harmless_lines_and_programs_words_are_no_reports() {
+        let samples = [
+            "[    1.234567] Out of memory: Killed process 12 (x) total-vm:1kB",
+            "[    1.234567] oom-kill:constraint=CONSTRAINT_NONE,nodemask=(null)",
+            "[    1.234567] x[12]: segfault at 0 ip 0 sp 0 error 4 in x[1,2]",
+            "[    1.234567] clocksource: Marking clocksource 'tsc' as unstable",
+            "WARNING: a program said this",
+            "Kernel panic, said a program",
+            "[not a stamp] BUG: x",
+        ];
+        for sample in samples {
+            assert!(
+                watch(&format!("{sample}\n")).reports().is_empty(),
+                "{sample}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_report_after_half_a_line_of_a_program_is_found() {
+        let watcher = watch("prompt> [   10.000000] BUG: Bad page map in process x\n");
+        assert_eq!(watcher.reports().len(), 1);
+    }
+
+    #[test]
+    fn a_cut_report_is_kept() {
+        let watcher = watch("[    1.234567] Kernel panic - not sy");
+        assert_eq!(watcher.reports()[0].lines, ["Kernel panic - not sy"]);
+    }
+
+    #[test]
+    fn a_babbling_guest_does_not_fill_the_memory() {
+        let mut watcher = Watcher::default();
+        for _ in 0..2000 {
+            watcher.feed(&[b'x'; 5000]);
+            watcher.feed(b"\n[    1.234567] WARNING: again\n");
+        }
+        assert!(watcher.reports().len() <= REPORTS);
+        assert!(
+            watcher
+                .reports()
+                .iter()
+                .all(|report| report.lines.len() <= REPORT_LINES)
+        );
+        assert_eq!(watcher.last_lines().len(), KEPT_LINES);
+        assert!(
+            watcher
+                .last_lines()
+                .iter()
+                .all(|line| line.len() <= LINE_BYTES)
+        );
+    }
+}

@@ -1,0 +1,271 @@
+//! Everything that is needed to boot guests, found or made once; and booting them.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use extlb_guest::protocol::Setup;
+
+use crate::cargo::{self, GuestPrograms};
+use crate::child;
+use crate::initramfs::Archive;
+use crate::kernel::{self, Flavour};
+use crate::outcome::{End, Outcome};
+use crate::paths::Cache;
+use crate::qemu::Qemu;
+use crate::qemu::accel::{self, Accelerator, Wish};
+use crate::qemu::command::{Disk, Machine};
+use crate::toolbox::{self, Toolbox};
+use crate::vm::{DeviceServer, Sinks, Start, Stop, Vm};
+
+/// Choices that hold for all commands.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub struct Options {
+    /// Use this QEMU (10.1.1 or newer, with vfio-user-pci)
+    #[arg(long, global = true, value_name = "PATH")]
+    pub qemu: Option<PathBuf>,
+    /// Boot this kernel: a bzImage with extlb.ko beside it, or a built kernel tree
+    #[arg(long, global = true, value_name = "PATH")]
+    pub kernel: Option<PathBuf>,
+    /// Which kernel to build and boot
+    #[arg(long, global = true, value_enum, default_value_t)]
+    pub flavour: Flavour,
+    /// What runs the guest
+    #[arg(long, global = true, value_enum, default_value_t)]
+    pub accel: Wish,
+    /// Machine shape: a name in qemu-config/profiles, or a file
+    #[arg(long, global = true, value_name = "NAME|FILE")]
+    pub profile: Option<String>,
+    /// Boot without the device and its driver (to tell the guest's problems from the device's)
+    #[arg(long, global = true)]
+    pub no_device: bool,
+    /// Show the guest's console
+    #[arg(long, short, global = true)]
+    pub verbose: bool,
+}
+
+/// All that is needed to boot.
+pub struct Rig {
+    /// Where things are kept.
+    pub cache: Cache,
+    /// The rig's own binary.
+    pub binary: PathBuf,
+    /// QEMU.
+    pub qemu: Qemu,
+    /// Tools for the guest and for its disks.
+    pub tools: Toolbox,
+    /// The kernel's image.
+    kernel: PathBuf,
+    /// The driver, unless there is no device.
+    driver: Option<PathBuf>,
+    programs: GuestPrograms,
+    applets: Vec<String>,
+    options: Options,
+}
+
+/// A guest to boot.
+pub struct Guest {
+    /// Memory in MiB.
+    pub memory: u64,
+    /// Number of virtual processors.
+    pub smp: u32,
+    /// Words for the kernel's command line.
+    pub append: String,
+    /// The device's configuration (TOML).
+    pub device: String,
+    /// Disks.
+    pub disks: Vec<Disk>,
+    /// What the agent sets up.
+    pub setup: Setup,
+    /// The root file system, as [`Rig::archive`] made it or with more in it.
+    pub archive: Archive,
+}
+
+/// Where a guest's start has led.
+pub enum Booted {
+    /// It is up.
+    Up(Box<Vm>, Accelerator),
+    /// It died of itself; this is the outcome.
+    Dead(Outcome),
+}
+
+/// A guest has to come up within this time, without a processor's help.
+const TCG_LIMIT: Duration = Duration::from_secs(180);
+/// The same with it; what takes longer does not work.
+const KVM_LIMIT: Duration = Duration::from_secs(30);
+
+impl Rig {
+    /// Finds, fetches or builds everything.
+    ///
+    /// # Errors
+    /// When something is missing and cannot be made; the text says what to do.
+    pub fn prepare(options: &Options) -> Result<Self> {
+        let cache = Cache::open()?;
+        let binary = cargo::rig_binary(&cache)?;
+        let qemu = Qemu::get(&cache, options.qemu.as_deref())?;
+        let tools = Toolbox::get(&cache, &toolbox::TOOLS)?;
+        let (kernel, driver) = match &options.kernel {
+            Some(given) => kernel::given(&cache, &binary, given, !options.no_device)?,
+            None => kernel::get(&cache, &binary, options.flavour, !options.no_device)?,
+        };
+        let programs = cargo::guest_programs(&cache)?;
+        let busybox = busybox(&tools);
+        let applets = child::output(Command::new(busybox).arg("--list-full"))
+            .context("cannot run the guest's busybox")?
+            .lines()
+            .filter(|applet| !applet.ends_with("/busybox"))
+            .map(str::to_owned)
+            .collect();
+        let options = options.clone();
+        Ok(Self {
+            cache,
+            binary,
+            qemu,
+            tools,
+            kernel,
+            driver,
+            programs,
+            applets,
+            options,
+        })
+    }
+
+    /// The guest's root file system as every guest has it.
+    pub fn archive(&self) -> Result<Archive> {
+        let mut archive = Archive::new();
+        archive.file(Path::new("/init"), &self.programs.agent)?;
+        archive.file(Path::new("/bin/busybox"), &busybox(&self.tools))?;
+        for applet in &self.applets {
+            archive.link(&Path::new("/").join(applet), Path::new("/bin/busybox"))?;
+        }
+        archive.file(Path::new("/bin/extlb-tour"), &self.programs.tour)?;
+        if let Some(driver) = &self.driver {
+            archive.file(Path::new("/extlb.ko"), driver)?;
+        }
+        Ok(archive)
+    }
+
+    /// Boots a guest. With the accelerator left to the rig, a guest that does not come up with KVM
+    /// is tried again without, and that is remembered. `make_sinks` is asked once for each try.
+    ///
+    /// # Errors
+    /// When QEMU or the device cannot be started, or die before the guest is up.
+    pub fn boot(
+        &self,
+        mut guest: Guest,
+        deadline: Option<Instant>,
+        make_sinks: &dyn Fn() -> Sinks,
+    ) -> Result<Booted> {
+        let (mut accelerator, proven) = self.accelerator()?;
+        loop {
+            let limit = match accelerator {
+                Accelerator::Kvm => KVM_LIMIT,
+                Accelerator::Tcg => TCG_LIMIT,
+            };
+            let limit = Instant::now() + limit;
+            match self.try_boot(&mut guest, accelerator, limit, deadline, make_sinks()) {
+                Ok(booted) => return Ok(booted),
+                Err(error) if accelerator == Accelerator::Kvm && !proven => {
+                    let why = format!("KVM runs a small guest and not a kernel ({error:#})");
+                    accel::remember(&self.cache, &self.qemu, Some(&why))?;
+                    eprintln!("extlb: {why}; emulating instead");
+                    accelerator = Accelerator::Tcg;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// The accelerator to use, and whether it was asked for by name.
+    fn accelerator(&self) -> Result<(Accelerator, bool)> {
+        match self.options.accel {
+            Wish::Tcg => Ok((Accelerator::Tcg, true)),
+            wish => match (accel::kvm_works(&self.cache, &self.qemu)?, wish) {
+                (Ok(()), wish) => Ok((Accelerator::Kvm, wish == Wish::Kvm)),
+                (Err(_), Wish::Auto) => Ok((Accelerator::Tcg, true)),
+                (Err(why), _) => bail!("KVM does not work here: {why}; try --accel tcg"),
+            },
+        }
+    }
+
+    fn try_boot(
+        &self,
+        guest: &mut Guest,
+        accelerator: Accelerator,
+        limit: Instant,
+        deadline: Option<Instant>,
+        sinks: Sinks,
+    ) -> Result<Booted> {
+        let machine = Machine {
+            accelerator,
+            memory: guest.memory,
+            smp: guest.smp,
+            kernel: self.kernel.clone(),
+            initramfs: PathBuf::new(),
+            command_line: self.command_line(accelerator, &guest.append),
+            disks: guest.disks.clone(),
+            device: None,
+        };
+        let device = (!self.options.no_device).then(|| DeviceServer {
+            rig: self.binary.clone(),
+            config: guest.device.clone(),
+        });
+        let mut setup = guest.setup.clone();
+        setup.expect_device = device.is_some();
+        let mut vm = Vm::start(Start {
+            cache: &self.cache,
+            qemu: &self.qemu,
+            machine,
+            device,
+            initramfs: &mut |path| guest.archive.write(path).map(drop),
+            sinks,
+            show_console: self.options.verbose,
+        })?;
+        let first = deadline.map_or(limit, |deadline| deadline.min(limit));
+        let stop = match vm.wait_until_up(setup, first) {
+            Ok(Ok(())) => return Ok(Booted::Up(Box::new(vm), accelerator)),
+            Ok(Err(error)) => {
+                let end = End::Died(format!("the guest could not be set up: {error:#}"));
+                return Ok(Booted::Dead(vm.finish(end)));
+            }
+            Err(stop) => stop,
+        };
+        let hello = !vm.kernel.is_empty();
+        let why = match stop {
+            Stop::Died(why) => why,
+            Stop::OutputClosed => "nobody reads the output".to_owned(),
+            Stop::TimedOut if first < limit => {
+                return Ok(Booted::Dead(vm.finish(End::TimedOut)));
+            }
+            Stop::TimedOut => "the guest did not come up in time".to_owned(),
+        };
+        let outcome = vm.finish(End::Died(why.clone()));
+        if hello || !outcome.kernel_reports.is_empty() {
+            return Ok(Booted::Dead(outcome));
+        }
+        bail!("{why}\n{}", outcome.last_words.join("\n"));
+    }
+
+    fn command_line(&self, accelerator: Accelerator, append: &str) -> String {
+        // Warnings and worse; everything if somebody looks on.
+        let level = if self.options.verbose { 7 } else { 5 };
+        let mut words = vec![
+            "console=ttyS0".to_owned(),
+            format!("loglevel={level}"),
+            "panic=-1".to_owned(),
+            "random.trust_cpu=on".to_owned(),
+        ];
+        if accelerator == Accelerator::Tcg {
+            // Emulated processors wait for real ones: what looks stuck may just not be running.
+            words.push("rcupdate.rcu_cpu_stall_timeout=120".to_owned());
+            words.push("sysctl.kernel.watchdog_thresh=60".to_owned());
+        }
+        words.push(append.to_owned());
+        words.join(" ")
+    }
+}
+
+fn busybox(tools: &Toolbox) -> PathBuf {
+    tools.root.join("usr/bin/busybox")
+}

@@ -1,0 +1,27 @@
+//! Starting children that do not outlive the rig.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+use nix::sys::signal::Signal;
+
+/// Makes the kernel kill the child when the thread that starts it ends, however it ends: nothing is
+/// left behind by a rig that is killed.
+///
+/// The thread matters: start children from one that lives as long as they shall.
+pub fn dies_with_us(command: &mut Command) -> &mut Command {
+    let us = std::process::id();
+    let prepare = move || -> io::Result<()> {
+        nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
+        // If the rig ended before the call above, nobody will send the signal any more.
+        if nix::unistd::getppid().as_raw() as u32 != us {
+            return Err(io::Error::from_raw_os_error(nix::libc::ESRCH));
+        }
+        Ok(())
+    };
+    // SAFETY: the closure runs between fork and exec, where only async-signal-safe work is allowed:
+    // it makes two system calls and allocates nothing (an error is built from a number).
+    unsafe { command.pre_exec(prepare) }
+}

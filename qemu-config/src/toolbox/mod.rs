@@ -1,0 +1,290 @@
+//! Programs that the machine need not have: unpacked from Debian packages into the cache.
+//!
+//! Several toolboxes, so that nobody waits for what is not needed: QEMU, the guest's tools, the
+//! compiler and its company (to build a kernel), and the kernel's source. Packages come from the
+//! mirror the machine itself uses, verified by the machine's own keyring; nothing is installed and no
+//! package's script runs.
+//!
+//! A toolbox is keyed by its recipe and the exact packages that were resolved, and published by a
+//! rename. Once there it is used without asking the network again.
+
+mod apt;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+
+use crate::child;
+use crate::paths::{Cache, Key, remove_tree};
+use crate::progress::Step;
+use apt::Apt;
+pub use apt::find_site as mirror;
+
+/// Raised when unpacking changes, so that old toolboxes are not taken for new ones.
+const LAYOUT: &str = "1";
+
+/// What a toolbox is made of.
+#[derive(Debug)]
+pub struct Recipe {
+    /// Short name, part of folder names.
+    pub name: &'static str,
+    /// For people: what is being fetched.
+    what: &'static str,
+    packages: &'static [&'static str],
+    /// Whether packages may come from backports.
+    backports: bool,
+    /// Whether what the packages depend on comes along.
+    dependencies: bool,
+    /// Links that maintainer scripts would have made: (link, target).
+    links: &'static [(&'static str, &'static str)],
+}
+
+/// QEMU with a vfio-user client.
+pub const QEMU: Recipe = Recipe {
+    name: "qemu",
+    what: "QEMU",
+    packages: &["qemu-system-x86"],
+    backports: true,
+    dependencies: true,
+    links: &[],
+};
+
+/// The guest's shell tools, and what makes disk images.
+pub const TOOLS: Recipe = Recipe {
+    name: "tools",
+    what: "the guest's tools",
+    packages: &["busybox-static", "e2fsprogs"],
+    backports: false,
+    dependencies: true,
+    links: &[],
+};
+
+/// What builds a kernel.
+pub const BUILD: Recipe = Recipe {
+    name: "build",
+    what: "the compiler",
+    packages: &[
+        "gcc-14",
+        "libc6-dev",
+        "make",
+        "flex",
+        "bison",
+        "bc",
+        "libelf-dev",
+        "perl",
+        "bash",
+        "coreutils",
+        "mawk",
+        "sed",
+        "grep",
+        "findutils",
+        "diffutils",
+        "patch",
+        "tar",
+        "gzip",
+        "xz-utils",
+        "hostname",
+        "kmod",
+        "cpio",
+    ],
+    backports: false,
+    dependencies: true,
+    links: &[
+        ("usr/bin/sh", "bash"),
+        ("usr/bin/awk", "mawk"),
+        ("usr/bin/gcc", "gcc-14"),
+        ("usr/bin/cc", "gcc-14"),
+    ],
+};
+
+/// The kernel's source, as one compressed archive.
+pub const SOURCE: Recipe = Recipe {
+    name: "source",
+    what: "the kernel's source",
+    packages: &["linux-source-6.12"],
+    backports: false,
+    dependencies: false,
+    links: &[],
+};
+
+/// An unpacked toolbox.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Toolbox {
+    /// Key of recipe and packages.
+    pub key: String,
+    /// File names of the packages, which tell their versions.
+    pub packages: Vec<String>,
+    /// The folder that holds `usr` and its siblings.
+    #[serde(skip)]
+    pub root: PathBuf,
+}
+
+impl Toolbox {
+    /// The toolbox if it is in the cache already.
+    pub fn find(cache: &Cache, recipe: &Recipe) -> Option<Self> {
+        let text = fs::read_to_string(pointer(cache, recipe).ok()?).ok()?;
+        let mut toolbox: Self = serde_json::from_str(&text).ok()?;
+        toolbox.root = folder(cache, recipe, &toolbox.key);
+        toolbox.root.is_dir().then_some(toolbox)
+    }
+
+    /// The toolbox; fetched and unpacked if need be.
+    ///
+    /// # Errors
+    /// When the machine has no apt or no mirror, or fetching or unpacking fails.
+    pub fn get(cache: &Cache, recipe: &Recipe) -> Result<Self> {
+        if let Some(toolbox) = Self::find(cache, recipe) {
+            return Ok(toolbox);
+        }
+        let _lock = cache.lock(recipe.name)?;
+        if let Some(toolbox) = Self::find(cache, recipe) {
+            return Ok(toolbox);
+        }
+        make(cache, recipe).with_context(|| format!("cannot fetch {}", recipe.what))
+    }
+
+    /// A program of the toolbox, run without chroot: by the toolbox's own loader and libraries, so
+    /// that the machine's files are at their own paths.
+    ///
+    /// `program` is relative to the root, e.g. `usr/bin/xz`. Works for programs that start no others.
+    pub fn command(&self, program: &str) -> Command {
+        let libraries = ["usr/lib/x86_64-linux-gnu", "usr/lib"]
+            .map(|folder| self.root.join(folder).display().to_string())
+            .join(":");
+        let mut command = Command::new(self.root.join("usr/lib64/ld-linux-x86-64.so.2"));
+        command
+            .arg("--library-path")
+            .arg(libraries)
+            .arg(self.root.join(program));
+        command
+    }
+}
+
+fn recipe_key(recipe: &Recipe) -> String {
+    Key::new(LAYOUT)
+        .with(format!("{recipe:?}"))
+        .with(apt::SUITE)
+        .finish()
+}
+
+fn pointer(cache: &Cache, recipe: &Recipe) -> Result<PathBuf> {
+    cache.path(format!(
+        "toolbox/{}-{}.json",
+        recipe.name,
+        recipe_key(recipe)
+    ))
+}
+
+fn folder(cache: &Cache, recipe: &Recipe, key: &str) -> PathBuf {
+    cache
+        .folder()
+        .join(format!("toolbox/{}-{key}", recipe.name))
+}
+
+fn make(cache: &Cache, recipe: &Recipe) -> Result<Toolbox> {
+    let logs = cache.path("log/x")?.with_file_name("");
+    let apt = Apt::prepare(cache, recipe.name)?;
+    let mut step = Step::begin(format!("reading package lists for {}", recipe.what));
+    apt.update(&logs, &mut step)?;
+    let wanted = apt.resolve(recipe.packages, recipe.backports, recipe.dependencies)?;
+    step.done();
+
+    let mut step = Step::begin(format!("downloading {}", recipe.what));
+    let files = apt.download(&wanted, recipe, &logs, &mut step)?;
+    step.done();
+
+    let key = wanted
+        .iter()
+        .fold(Key::new(&recipe_key(recipe)), |key, package| {
+            key.with(&package.uri).with(&package.hash)
+        })
+        .finish();
+    let scratch = cache.scratch(&format!("toolbox-{}", recipe.name))?;
+    let mut step = Step::begin(format!("unpacking {}", recipe.what));
+    for (index, file) in files.iter().enumerate() {
+        let log = logs.join(format!("unpack-{}.log", recipe.name));
+        child::run(
+            Command::new("dpkg").arg("-x").arg(file).arg(&scratch),
+            &log,
+            &mut step,
+            || format!("package {} of {}", index + 1, files.len()),
+        )?;
+    }
+    for (link, target) in recipe.links {
+        let link = scratch.join(link);
+        if link.symlink_metadata().is_err() {
+            std::os::unix::fs::symlink(target, &link)
+                .with_context(|| format!("cannot make {}", link.display()))?;
+        }
+    }
+    step.done();
+
+    let root = folder(cache, recipe, &key);
+    remove_tree(&root)?;
+    fs::rename(&scratch, &root)
+        .with_context(|| format!("cannot move the toolbox to {}", root.display()))?;
+    let packages = wanted.into_iter().map(|package| package.file).collect();
+    let toolbox = Toolbox {
+        key,
+        packages,
+        root,
+    };
+    publish(
+        &pointer(cache, recipe)?,
+        &serde_json::to_vec_pretty(&toolbox)?,
+    )?;
+    apt.forget_downloads();
+    Ok(toolbox)
+}
+
+/// Writes a file so that others see all of it or none.
+pub fn publish(path: &Path, content: &[u8]) -> Result<()> {
+    let Some(folder) = path.parent() else {
+        bail!("{} has no parent", path.display())
+    };
+    let mut file = tempfile::NamedTempFile::new_in(folder)
+        .with_context(|| format!("cannot write in {}", folder.display()))?;
+    std::io::Write::write_all(&mut file, content)?;
+    file.persist(path)
+        .with_context(|| format!("cannot write {}", path.display()))?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_toolbox_is_found_by_its_recipe_and_only_if_it_is_there() {
+        let folder_ = tempfile::tempdir().unwrap();
+        let cache = Cache::at(folder_.path());
+        assert!(Toolbox::find(&cache, &QEMU).is_none());
+        let toolbox = Toolbox {
+            key: "k".into(),
+            packages: vec!["a_1.deb".into()],
+            root: PathBuf::new(),
+        };
+        publish(
+            &pointer(&cache, &QEMU).unwrap(),
+            &serde_json::to_vec(&toolbox).unwrap(),
+        )
+        .unwrap();
+        assert!(
+            Toolbox::find(&cache, &QEMU).is_none(),
+            "its folder is absent"
+        );
+        fs::create_dir_all(folder(&cache, &QEMU, "k")).unwrap();
+        let found = Toolbox::find(&cache, &QEMU).unwrap();
+        assert_eq!(found.root, folder(&cache, &QEMU, "k"));
+        assert!(Toolbox::find(&cache, &BUILD).is_none());
+    }
+
+    #[test]
+    fn recipes_have_keys_of_their_own() {
+        assert_ne!(recipe_key(&QEMU), recipe_key(&BUILD));
+        assert_ne!(recipe_key(&BUILD), recipe_key(&SOURCE));
+    }
+}
