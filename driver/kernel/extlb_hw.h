@@ -271,7 +271,8 @@
 #define EXTLB_COMMAND_KIND_PAGE_RESPONSE 4
 /*
  * Compare every translation of the context, in the TLB and in its page table, with the
- * process's own page table, and write an `AuditResult` at `addr`. A debug feature.
+ * process's own page table, and write an `AuditResult` at `addr`, a multiple of 64. A
+ * debug feature.
  */
 #define EXTLB_COMMAND_KIND_AUDIT 5
 
@@ -298,6 +299,10 @@
  * RAM. Without either flag, done means that the commands before were read.
  */
 #define EXTLB_WAIT_DRAINED 32
+
+/* Flags of an audit command. */
+/* The last look: each difference that it finds is a stale access. */
+#define EXTLB_AUDIT_FLAG_FINAL 1
 
 /* Entry of the context table, in guest RAM, read when a `ContextSync` command names it. */
 struct extlb_context_entry {
@@ -351,7 +356,7 @@ static_assert(sizeof(struct extlb_page_request) == 32);
 struct extlb_command {
 	/* A `CommandKind`. */
 	__u32 kind;
-	/* By kind: an `InvalidationScope`, wait flags, or a `Response`. */
+	/* By kind: an `InvalidationScope`, wait flags, a `Response`, or audit flags; else zero. */
 	__u32 flags;
 	/* The context; zero for kinds that have none. */
 	__u32 context;

@@ -132,6 +132,7 @@ pub fn hardware(out: &mut dyn Write) -> Result {
         &invalidation::CommandKind::TABLE,
         &invalidation::InvalidationScope::TABLE,
         &invalidation::wait::TABLE,
+        &invalidation::audit::TABLE,
     ] {
         enumeration(out, table)?;
     }

@@ -10,7 +10,7 @@ layout! {
     pub struct Command("extlb_command", 32) {
         /// A `CommandKind`.
         kind: u32 = 0,
-        /// By kind: an `InvalidationScope`, wait flags, or a `Response`.
+        /// By kind: an `InvalidationScope`, wait flags, a `Response`, or audit flags; else zero.
         flags: u32 = 4,
         /// The context; zero for kinds that have none.
         context: u32 = 8,
@@ -37,7 +37,8 @@ enumeration! {
         /// Answer a page request. One that nobody waits for is counted and ignored.
         PageResponse = 4,
         /// Compare every translation of the context, in the TLB and in its page table, with the
-        /// process's own page table, and write an `AuditResult` at `addr`. A debug feature.
+        /// process's own page table, and write an `AuditResult` at `addr`, a multiple of 64. A
+        /// debug feature.
         Audit = 5,
     }
 }
@@ -67,6 +68,14 @@ bits! {
         /// Done means in addition: every access that began before has ended, and its data is in
         /// RAM. Without either flag, done means that the commands before were read.
         DRAINED = 1 << 5,
+    }
+}
+
+bits! {
+    /// Flags of an audit command.
+    pub mod audit AuditFlag: u32 {
+        /// The last look: each difference that it finds is a stale access.
+        FINAL = 1 << 0,
     }
 }
 

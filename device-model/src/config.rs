@@ -1,0 +1,187 @@
+//! What can be configured, with its defaults.
+
+use serde::{Deserialize, Serialize};
+
+/// Configuration of a device; every field has a default.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Geometry of the TLB.
+    pub tlb: TlbConfig,
+    /// Engine threads that the runner starts, 1 to 16.
+    pub engines: u32,
+    /// Chunks (of at most a page) that a context runs before the next one has its turn.
+    pub quantum: u32,
+    /// How long to poll the shadow pages after the last work before sleeping, in µs.
+    pub poll_us: u64,
+    /// The oracle.
+    pub oracle: OracleConfig,
+}
+
+/// Configuration of the TLB.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TlbConfig {
+    /// Number of sets, a power of two.
+    pub sets: usize,
+    /// Entries of a set.
+    pub ways: usize,
+    /// Which entry of a full set goes.
+    pub policy: Policy,
+    /// Seed of the random policy.
+    pub seed: u64,
+}
+
+/// Replacement policy of the TLB.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Policy {
+    /// The entry whose last use is longest ago.
+    Lru,
+    /// Any entry, by the seeded generator.
+    Random,
+    /// The entry that was filled first.
+    Fifo,
+}
+
+/// Configuration of the oracle.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct OracleConfig {
+    /// Whether contexts with the oracle flag are watched at all.
+    pub enabled: bool,
+    /// How long a difference may last before it is a stale access, in ms.
+    pub bound_ms: u64,
+    /// How many differences may be open at once; more are counted as overflow.
+    pub suspects: usize,
+    /// How many completed invalidations are remembered.
+    pub invalidations: usize,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            tlb: TlbConfig::default(),
+            engines: 1,
+            quantum: 16,
+            poll_us: 100,
+            oracle: OracleConfig::default(),
+        }
+    }
+}
+
+impl Default for TlbConfig {
+    fn default() -> Self {
+        Self {
+            sets: 128,
+            ways: 8,
+            policy: Policy::Lru,
+            seed: 1,
+        }
+    }
+}
+
+impl Default for OracleConfig {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            bound_ms: 3000,
+            suspects: 65_536,
+            invalidations: 1024,
+        }
+    }
+}
+
+/// A configuration that no device can have.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// A value is out of its range.
+    #[error("{name} = {value} is out of range: give {range}")]
+    Range {
+        /// The field.
+        name: &'static str,
+        /// Its value.
+        value: u64,
+        /// What it may be.
+        range: &'static str,
+    },
+    /// The text is no configuration.
+    #[error("cannot read the device configuration")]
+    Syntax(#[from] toml::de::Error),
+}
+
+impl Config {
+    /// Reads TOML.
+    pub fn from_toml(text: &str) -> Result<Self, ConfigError> {
+        let config: Self = toml::from_str(text)?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// Checks every value against its range.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        let check = |name, value: u64, ok: bool, range| match ok {
+            true => Ok(()),
+            false => Err(ConfigError::Range { name, value, range }),
+        };
+        let (sets, ways) = (self.tlb.sets as u64, self.tlb.ways as u64);
+        check(
+            "tlb.sets",
+            sets,
+            sets.is_power_of_two() && sets <= 1 << 16,
+            "a power of two up to 65536",
+        )?;
+        check("tlb.ways", ways, (1..=64).contains(&ways), "1 to 64")?;
+        let engines = u64::from(self.engines);
+        check("engines", engines, (1..=16).contains(&engines), "1 to 16")?;
+        let quantum = u64::from(self.quantum);
+        check(
+            "quantum",
+            quantum,
+            (1..=4096).contains(&quantum),
+            "1 to 4096",
+        )?;
+        check(
+            "poll_us",
+            self.poll_us,
+            self.poll_us <= 1_000_000,
+            "0 to 1000000",
+        )?;
+        let oracle = &self.oracle;
+        check(
+            "oracle.bound_ms",
+            oracle.bound_ms,
+            (1..=3_600_000).contains(&oracle.bound_ms),
+            "1 to 3600000",
+        )?;
+        let (suspects, log) = (oracle.suspects as u64, oracle.invalidations as u64);
+        check(
+            "oracle.suspects",
+            suspects,
+            (1..=1 << 20).contains(&suspects),
+            "1 to 1048576",
+        )?;
+        check(
+            "oracle.invalidations",
+            log,
+            (1..=1 << 20).contains(&log),
+            "1 to 1048576",
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_overrides_defaults_and_unknown_keys_are_refused() {
+        let config = Config::from_toml("poll_us = 7\n[tlb]\nsets = 4\npolicy = \"random\"\n")
+            .expect("valid");
+        assert_eq!((config.poll_us, config.tlb.sets), (7, 4));
+        assert_eq!(config.tlb.ways, TlbConfig::default().ways);
+        assert!(Config::from_toml("pol_us = 7").is_err());
+        assert!(Config::from_toml("[tlb]\nsets = 3").is_err());
+        assert!(Config::from_toml("engines = 0").is_err());
+    }
+}

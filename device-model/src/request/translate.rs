@@ -1,0 +1,198 @@
+//! Translate: an address becomes a page of RAM, for as long as the guard is held.
+//!
+//! [`Access`] is the guard; [`Page`] borrows it and keeps the guest-physical address to itself,
+//! so that none can be used after the guard is gone.
+
+use std::cell::Cell;
+use std::sync::atomic::Ordering;
+
+use extlb_spec::page_request::MAX_REQUEST_PAGES;
+use extlb_spec::regs::StaleKind;
+use extlb_spec::{Gpa, Iova, PAGE_SIZE};
+
+use super::Halt;
+use crate::Device;
+use crate::context::{Context, Miss, Space};
+use crate::guard::{Guard, Lane};
+use crate::oracle::{StaleAccess, Used};
+use crate::ports::Dma;
+use crate::tlb::{Inserted, Lookup};
+use crate::walk::{WalkError, walk};
+
+/// An access under way: every drain that begins now waits for its end.
+pub(crate) struct Access<'d> {
+    device: &'d Device,
+    context: &'d Context,
+    space: &'d Space,
+    epoch: u64,
+    guard: Guard<'d>,
+    /// The translation handed out last, for the report if the guard is outlived.
+    last: Cell<Used>,
+}
+
+impl Device {
+    /// Enters a guard, unless the device or the context was stopped.
+    pub(super) fn enter<'d>(
+        &'d self,
+        lane: &'d mut Lane<'_>,
+        context: &'d Context,
+        space: &'d Space,
+        epoch: u64,
+    ) -> Result<Access<'d>, Halt> {
+        // The guard first, the gates after: see `guard.rs`.
+        let guard = lane.enter();
+        if !self.is_running() || context.epoch() != epoch {
+            return Err(Halt::Stopped);
+        }
+        let last = Cell::new(Used {
+            iova: Iova(0),
+            frame: space.shadow,
+            write: false,
+            fill: 0,
+        });
+        Ok(Access {
+            device: self,
+            context,
+            space,
+            epoch,
+            guard,
+            last,
+        })
+    }
+}
+
+impl Access<'_> {
+    /// Memory by guest-physical address: for the shadow page, whose address the kernel gave.
+    pub(super) fn memory(&self) -> &dyn Dma {
+        &*self.device.ports.memory
+    }
+
+    /// Translates. `pages`: how many pages from here on the operation still needs, for the
+    /// page request if there is to be one.
+    pub(super) fn page(&self, iova: Iova, write: bool, pages: u64) -> Result<Page<'_>, Halt> {
+        let device = self.device;
+        let (context, page) = (self.space.context, iova.page());
+        let used = match device.tlb.lookup(context, page, write) {
+            Lookup::Hit(entry) => {
+                device.counters.tlb_hits.add(1);
+                Used {
+                    iova,
+                    frame: entry.frame,
+                    write,
+                    fill: entry.fill,
+                }
+            }
+            Lookup::Miss(ticket) => {
+                device.counters.tlb_misses.add(1);
+                let leaf =
+                    walk(self.memory(), self.space.page_table, iova, write).map_err(|error| {
+                        match error {
+                            WalkError::Broken => Halt::Broken(iova),
+                            WalkError::NotMapped => Halt::Missing(vec![Miss {
+                                iova,
+                                write,
+                                pages: pages.clamp(1, u64::from(MAX_REQUEST_PAGES)) as u32,
+                                group: None,
+                            }]),
+                        }
+                    })?;
+                let inserted = device
+                    .tlb
+                    .insert(&ticket, leaf.frame, leaf.writable, leaf.dirty);
+                if inserted == Inserted::Evicted {
+                    device.counters.tlb_evictions.add(1);
+                }
+                // Overtaken by a shootdown: good for this access, whose guard it waits for.
+                Used {
+                    iova,
+                    frame: leaf.frame,
+                    write,
+                    fill: ticket.fill,
+                }
+            }
+        };
+        self.last.set(used);
+        if let Some(root) = self.space.cpu_page_table {
+            device.check_access(self.context, self.epoch, root, used);
+        }
+        Ok(Page {
+            access: self,
+            iova,
+            gpa: Gpa(used.frame.0 + iova.page_offset()),
+        })
+    }
+}
+
+impl Drop for Access<'_> {
+    fn drop(&mut self) {
+        // Before the guard itself is dropped.
+        if self.guard.is_outlived() {
+            let used = self.last.get();
+            self.device.stale(StaleAccess {
+                kind: StaleKind::OutlivedDrain,
+                context: self.space.context,
+                iova: used.iova,
+                device_gpa: used.frame,
+                cpu_gpa: None,
+                write: used.write,
+                fill: used.fill,
+                invalidation: self.device.counters.invalidations.get(),
+            });
+        }
+    }
+}
+
+/// A piece of RAM that an address stands for while the access lasts.
+pub(super) struct Page<'a> {
+    access: &'a Access<'a>,
+    iova: Iova,
+    gpa: Gpa,
+}
+
+impl Page<'_> {
+    /// The leaf points outside RAM: broken at this address.
+    fn bus<R>(&self, result: Result<R, crate::ports::BusError>) -> Result<R, Halt> {
+        result.map_err(|_| Halt::Broken(self.iova))
+    }
+
+    /// Reads, within the page.
+    pub(super) fn read(&self, to: &mut [u8]) -> Result<(), Halt> {
+        self.bus(self.access.memory().read(self.gpa, to))
+    }
+
+    /// Writes, within the page.
+    pub(super) fn write(&self, from: &[u8]) -> Result<(), Halt> {
+        self.bus(self.access.memory().write(self.gpa, from))
+    }
+
+    /// Writes from `offset` bytes on, within the page.
+    pub(super) fn write_at(&self, offset: u64, from: &[u8]) -> Result<(), Halt> {
+        let to = Gpa(self.gpa.0 + offset);
+        self.bus(self.access.memory().write(to, from))
+    }
+
+    /// Stores a word after everything before it.
+    pub(super) fn release_u32(&self, value: u32) -> Result<(), Halt> {
+        let memory = self.access.memory();
+        self.bus(memory.store_u32(self.gpa, value, Ordering::Release))
+    }
+
+    /// Copies to another page, within both.
+    pub(super) fn copy_to(&self, to: &Page<'_>, len: usize) -> Result<(), Halt> {
+        let memory = self.access.memory();
+        memory.copy(self.gpa, to.gpa, len).map_err(|error| {
+            let source = error.addr == self.gpa;
+            Halt::Broken(if source { self.iova } else { to.iova })
+        })
+    }
+}
+
+/// Bytes from an address to the end of its page.
+pub(super) fn rest_of_page(iova: Iova) -> u64 {
+    PAGE_SIZE - iova.page_offset()
+}
+
+/// Pages that `[iova, iova + len)` touches.
+pub(super) fn pages(iova: Iova, len: u64) -> u64 {
+    (iova.page_offset() + len).div_ceil(PAGE_SIZE)
+}

@@ -1,0 +1,188 @@
+//! Threads that drive a device.
+//!
+//! One or more engine threads run contexts and, while they are awake, serve the invalidation
+//! queue between any two chunks. When they sleep the kernel kicks, and the thread that delivers
+//! the kick serves the queue itself: one wake-up less than handing it on. One more thread takes
+//! what that one cannot finish, and looks after the oracle's deadlines.
+
+use std::sync::{Arc, Condvar, Mutex, OnceLock, Weak};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crate::ports::Wake;
+use crate::sync::lock;
+use crate::{Device, Step};
+
+/// How long the thread that delivers a kick serves the queue before it hands over.
+const INLINE: Duration = Duration::from_millis(1);
+/// Polls in a row that an engine makes before it lets others run in between.
+const SPINS: u32 = 64;
+
+#[derive(Debug, Default)]
+struct State {
+    work: bool,
+    invalidation: bool,
+    stop: bool,
+}
+
+/// Wakes the threads of a [`Runner`]; the device's [`Wake`] port.
+#[derive(Debug, Default)]
+pub struct Bell {
+    state: Mutex<State>,
+    work: Condvar,
+    invalidation: Condvar,
+    device: OnceLock<Weak<Device>>,
+}
+
+impl Bell {
+    /// A bell that nobody hears yet.
+    pub fn new() -> Arc<Self> {
+        Arc::default()
+    }
+
+    fn ring_invalidation(&self) {
+        lock(&self.state).invalidation = true;
+        self.invalidation.notify_one();
+    }
+}
+
+impl Wake for Bell {
+    fn work(&self) {
+        lock(&self.state).work = true;
+        self.work.notify_one();
+    }
+
+    fn invalidation(&self) {
+        let Some(device) = self.device.get().and_then(Weak::upgrade) else {
+            return;
+        };
+        let begun = Instant::now();
+        loop {
+            match device.invalidation_step() {
+                Step::Idle => break,
+                Step::Busy => {}
+                Step::Waiting => std::thread::yield_now(),
+            }
+            if begun.elapsed() > INLINE {
+                self.ring_invalidation();
+                return;
+            }
+        }
+        if device.next_deadline().is_some() {
+            self.ring_invalidation();
+        }
+    }
+}
+
+/// The threads of a device; they end when this is dropped.
+#[derive(Debug)]
+pub struct Runner {
+    bell: Arc<Bell>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Runner {
+    /// Starts the threads. `bell` must be the device's wake port.
+    pub fn start(device: &Arc<Device>, bell: &Arc<Bell>) -> std::io::Result<Self> {
+        // A bell serves one device; a second start for the same is no error.
+        let _ = bell.device.set(Arc::downgrade(device));
+        let mut runner = Self {
+            bell: bell.clone(),
+            threads: Vec::new(),
+        };
+        for n in 0..device.config().engines {
+            let (device, bell) = (device.clone(), bell.clone());
+            runner.threads.push(
+                std::thread::Builder::new()
+                    .name(format!("engine{n}"))
+                    .spawn(move || engine(&device, &bell))?,
+            );
+        }
+        let (device, bell) = (device.clone(), bell.clone());
+        runner.threads.push(
+            std::thread::Builder::new()
+                .name("invalidation".into())
+                .spawn(move || invalidation(&device, &bell))?,
+        );
+        Ok(runner)
+    }
+}
+
+impl Drop for Runner {
+    fn drop(&mut self) {
+        lock(&self.bell.state).stop = true;
+        self.bell.work.notify_all();
+        self.bell.invalidation.notify_all();
+        for thread in self.threads.drain(..) {
+            // A thread that panicked has said so already.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn engine(device: &Device, bell: &Bell) {
+    let mut spins = 0;
+    loop {
+        match device.engine_step() {
+            Step::Busy => spins = 0,
+            Step::Waiting => {
+                spins += 1;
+                if spins < SPINS {
+                    std::hint::spin_loop();
+                } else {
+                    // The guest's processors may need this core to give us something to do.
+                    std::thread::yield_now();
+                }
+            }
+            Step::Idle => {
+                let mut state = lock(&bell.state);
+                while !state.work && !state.stop {
+                    state = bell
+                        .work
+                        .wait(state)
+                        .unwrap_or_else(std::sync::PoisonError::into_inner);
+                }
+                state.work = false;
+            }
+        }
+        if lock(&bell.state).stop {
+            return;
+        }
+    }
+}
+
+fn invalidation(device: &Device, bell: &Bell) {
+    loop {
+        match device.invalidation_step() {
+            Step::Busy => {}
+            Step::Waiting => std::thread::yield_now(),
+            Step::Idle => {
+                let mut state = lock(&bell.state);
+                while !state.invalidation && !state.stop {
+                    let left = device
+                        .next_deadline()
+                        .map(|deadline| deadline.saturating_sub(device.now()));
+                    let Some(left) = left else {
+                        state = bell
+                            .invalidation
+                            .wait(state)
+                            .unwrap_or_else(std::sync::PoisonError::into_inner);
+                        continue;
+                    };
+                    if left.is_zero() {
+                        break;
+                    }
+                    state = bell
+                        .invalidation
+                        .wait_timeout(state, left)
+                        .unwrap_or_else(std::sync::PoisonError::into_inner)
+                        .0;
+                }
+                state.invalidation = false;
+            }
+        }
+        if lock(&bell.state).stop {
+            return;
+        }
+    }
+}
