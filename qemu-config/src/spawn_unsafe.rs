@@ -15,8 +15,10 @@ pub fn dies_with_us(command: &mut Command) -> &mut Command {
     let us = std::process::id();
     let prepare = move || -> io::Result<()> {
         nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
-        // If the rig ended before the call above, nobody will send the signal any more.
-        if nix::unistd::getppid().as_raw() as u32 != us {
+        // If the rig ended before the call above, nobody will send the signal any more. (Zero: the
+        // parent is outside the child's process namespace.)
+        let parent = nix::unistd::getppid().as_raw() as u32;
+        if parent != us && parent != 0 {
             return Err(io::Error::from_raw_os_error(nix::libc::ESRCH));
         }
         Ok(())
