@@ -49,7 +49,7 @@
 #error "The memory formats of extlb are those of a 64-bit little-endian machine"
 #endif
 
-#define EXTLB_IOVA_END		(1UL << EXTLB_IOVA_BITS)
+#define EXTLB_IOVA_END		BIT(EXTLB_IOVA_BITS)
 /* Page requests of one context that may wait at a time. */
 #define EXTLB_CREDITS		16
 /* Registrations of one context. */
@@ -102,7 +102,7 @@ struct extlb_dev {
 	 * not. Set once, after that is so; see extlb_fence().
 	 */
 	bool dead;
-	spinlock_t fence_lock;
+	spinlock_t fence_lock;		/* who fences */
 	struct work_struct dead_work;
 
 	void __iomem *regs;
@@ -122,7 +122,7 @@ struct extlb_dev {
 	struct extlb_ctx *ctx[EXTLB_MAX_CONTEXTS];
 	struct list_head files;		/* of extlb_ctx.node: all open files */
 
-	struct mutex audit_lock;
+	struct mutex audit_lock;	/* of the audit's words in @shadow */
 	struct mutex oracle_lock;	/* of ORACLE_SELECT */
 	bool ignore_notifier;
 	struct extlb_histogram shootdown_ns;
@@ -149,7 +149,7 @@ struct extlb_ctx {
 	struct mm_struct *mm;		/* mm_count is held, mm_users is not */
 	struct extlb_context_shadow *shadow;
 
-	struct mutex stop_lock;
+	struct mutex stop_lock;		/* of the following */
 	bool stopped;			/* the device is silent for this context */
 
 	/*
@@ -204,9 +204,10 @@ struct extlb_cleared {
 void extlb_fence(struct extlb_dev *dev, const char *reason);
 u64 extlb_read_counter(struct extlb_dev *dev, u32 reg);
 void extlb_dev_put(struct extlb_dev *dev);
-/* Acquire: what follows happens after the device went silent. */
+
 static inline bool extlb_is_dead(struct extlb_dev *dev)
 {
+	/* Pairs with extlb_fence(): if so, it is silent already. */
 	return smp_load_acquire(&dev->dead);
 }
 

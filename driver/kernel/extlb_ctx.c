@@ -87,7 +87,7 @@ void extlb_ctx_put(struct extlb_ctx *ctx)
 	kref_put(&ctx->ref, free_ctx);
 }
 
-/* The context with a number, or NULL. */
+/* The context with a number; NULL if there is none, or it is being set up. */
 struct extlb_ctx *extlb_ctx_get(struct extlb_dev *dev, u32 index)
 {
 	struct extlb_ctx *ctx = NULL;
@@ -95,8 +95,11 @@ struct extlb_ctx *extlb_ctx_get(struct extlb_dev *dev, u32 index)
 	spin_lock(&dev->ctx_lock);
 	if (index < dev->contexts)
 		ctx = dev->ctx[index];
-	if (ctx)
+	/* Pairs with extlb_ctx_create(). */
+	if (ctx && smp_load_acquire(&ctx->state) == EXTLB_CTX_LIVE)
 		kref_get(&ctx->ref);
+	else
+		ctx = NULL;
 	spin_unlock(&dev->ctx_lock);
 	return ctx;
 }

@@ -185,6 +185,17 @@ static void free_irqs(struct extlb_dev *dev)
 	pci_free_irq_vectors(dev->pdev);
 }
 
+static bool is_translated(struct device *parent)
+{
+#if IS_ENABLED(CONFIG_IOMMU_API)
+	struct iommu_domain *domain = iommu_get_domain_for_dev(parent);
+
+	return domain && domain->type != IOMMU_DOMAIN_IDENTITY;
+#else
+	return false;
+#endif
+}
+
 /*
  * The leaves of the device's page tables hold physical addresses: they come and
  * go with the cpu ptes, under locks under which nothing can be mapped for an
@@ -194,14 +205,9 @@ static void free_irqs(struct extlb_dev *dev)
 static int check_iommu(struct extlb_dev *dev)
 {
 	struct device *parent = &dev->pdev->dev;
-	struct iommu_domain *domain = iommu_get_domain_for_dev(parent);
 
-	if (!device_iommu_mapped(parent))
+	if (!is_translated(parent))
 		return 0;
-#if IS_ENABLED(CONFIG_IOMMU_API)
-	if (domain && domain->type == IOMMU_DOMAIN_IDENTITY)
-		return 0;
-#endif
 	return dev_err_probe(parent, -EOPNOTSUPP,
 			     "an IOMMU translates for the device, and would have to map each page it follows; boot with iommu=pt or without the IOMMU\n");
 }

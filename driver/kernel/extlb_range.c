@@ -59,8 +59,9 @@ void extlb_range_forget(struct extlb_range *range, unsigned long start,
 			unsigned long end)
 {
 	struct maple_tree *live = &range->ctx->live;
-	MA_STATE(mas, live, start, start);
 	struct extlb_range *found;
+
+	MA_STATE(mas, live, start, start);
 
 	mtree_lock(live);
 	mas_for_each(&mas, found, end - 1) {
