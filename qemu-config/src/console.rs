@@ -46,6 +46,8 @@ const SIGNS: &[&str] = &[
     "ODEBUG:",
     "extlb: ORACLE",
     "pte_notifier: ORACLE",
+    // The driver gave the device up: an acknowledgement did not come, or it broke the rules.
+    "the device is fenced off",
 ];
 
 /// Texts that end a report.

@@ -61,7 +61,7 @@ pub fn run(options: &Options, arguments: &Arguments) -> Result<i32> {
         memory: profile.memory.0,
         smp: profile.smp,
         append: profile.append.clone(),
-        device: profile.device.to_string(),
+        device: profile.device.clone(),
         disks: guest_disks,
         setup: Setup {
             expect_device: true,

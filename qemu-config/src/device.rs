@@ -1,27 +1,87 @@
 //! `extlb device`: the device server alone.
 
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
+use extlb_device::Config;
+use extlb_device::server::{Options, Server};
+
+use crate::profile::Mebibytes;
+use crate::qemu::command::device_arguments;
 
 /// Options of the server.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
     /// Listen on this UNIX socket
     #[arg(long, value_name = "PATH", default_value = "extlb.sock")]
-    pub socket: PathBuf,
+    socket: PathBuf,
     /// Write what happens as JSON, one object in each line
     #[arg(long, value_name = "FILE")]
-    pub report: Option<PathBuf>,
+    report: Option<PathBuf>,
     /// Read the device's configuration (TOML)
     #[arg(long, value_name = "FILE")]
-    pub config: Option<PathBuf>,
+    config: Option<PathBuf>,
     /// End when the first client goes
     #[arg(long)]
-    pub once: bool,
+    once: bool,
+    /// Memory of the machine in the arguments for QEMU that are printed
+    #[arg(long, default_value = "1G")]
+    memory: Mebibytes,
 }
 
 /// Serves until the client goes (with `--once`) or a signal ends it.
-pub fn serve(_arguments: &Arguments) -> Result<i32> {
-    anyhow::bail!("the device server is not part of this build");
+pub fn serve(arguments: &Arguments) -> Result<i32> {
+    let config = match &arguments.config {
+        Some(path) => read_config(path)?,
+        None => Config::default(),
+    };
+    let server = Server::bind(Options {
+        socket: arguments.socket.clone(),
+        report: arguments.report.clone(),
+        config,
+        once: arguments.once,
+    })?;
+    // Only now can a client connect: who reads this line may go on.
+    let socket = fs::canonicalize(&arguments.socket)?;
+    println!(
+        "listening on {}; to attach the device to QEMU, give it:",
+        socket.display()
+    );
+    println!(
+        "  {}",
+        quoted(&device_arguments(&socket, arguments.memory.0)?)
+    );
+    server.serve()?;
+    Ok(0)
+}
+
+fn read_config(path: &Path) -> Result<Config> {
+    let text =
+        fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    Config::from_toml(&text).with_context(|| format!("in {}", path.display()))
+}
+
+/// Words for a shell.
+fn quoted(words: &[String]) -> String {
+    let plain = |word: &str| {
+        word.bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || b"-_=,./".contains(&byte))
+    };
+    let quote = |word: &String| match plain(word) {
+        true => word.clone(),
+        false => format!("'{}'", word.replace('\'', r"'\''")),
+    };
+    words.iter().map(quote).collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::quoted;
+
+    #[test]
+    fn arguments_survive_a_shell() {
+        let words = ["-m", "1G", "{\"a\":1}", "it's"].map(str::to_owned);
+        assert_eq!(quoted(&words), r#"-m 1G '{"a":1}' 'it'\''s'"#);
+    }
 }

@@ -58,7 +58,7 @@ pub struct Profile {
     /// Size of a disk to swap to.
     pub swap: Option<Mebibytes>,
     /// The device's own configuration.
-    pub device: toml::Table,
+    pub device: extlb_device::Config,
 }
 
 impl Default for Profile {
@@ -68,7 +68,7 @@ impl Default for Profile {
             smp: 2,
             append: String::new(),
             swap: None,
-            device: toml::Table::new(),
+            device: extlb_device::Config::default(),
         }
     }
 }
@@ -127,6 +127,8 @@ mod tests {
         assert!(Profile::parse("smp = 0").is_err());
         assert!(Profile::parse("smp = 9").is_err());
         let profile = Profile::parse("smp = 8\n[device.tlb]\nways = 1\n").unwrap();
-        assert_eq!(profile.device.to_string().trim(), "[tlb]\nways = 1");
+        assert_eq!(profile.device.tlb.ways, 1);
+        assert!(Profile::parse("[device.tlb]\nways = 0\n").is_err());
+        assert!(Profile::parse("[device]\nno_such_key = 1\n").is_err());
     }
 }

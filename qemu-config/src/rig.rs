@@ -72,8 +72,8 @@ pub struct Guest {
     pub smp: u32,
     /// Words for the kernel's command line.
     pub append: String,
-    /// The device's configuration (TOML).
-    pub device: String,
+    /// The device's configuration.
+    pub device: extlb_device::Config,
     /// Disks.
     pub disks: Vec<Disk>,
     /// What the agent sets up.

@@ -98,7 +98,7 @@ pub fn run_command(
         memory: request.profile.memory.0,
         smp: request.profile.smp,
         append: request.profile.append.clone(),
-        device: request.profile.device.to_string(),
+        device: request.profile.device.clone(),
         disks: swap.iter().map(disks::TemporaryDisk::disk).collect(),
         setup: Setup {
             swap: swap.is_some().then(|| disks::SWAP.to_owned()),

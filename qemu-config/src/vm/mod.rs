@@ -57,8 +57,8 @@ const QEMU_LOG: &str = "qemu.log";
 pub struct DeviceServer {
     /// The rig's binary.
     pub rig: std::path::PathBuf,
-    /// The device's configuration (TOML).
-    pub config: String,
+    /// The device's configuration.
+    pub config: extlb_device::Config,
 }
 
 /// Everything needed to start a guest.
@@ -395,7 +395,10 @@ impl Drop for Vm {
 }
 
 fn start_device(server: &DeviceServer, folder: &RunFolder) -> Result<Child> {
-    fs::write(folder.path().join(DEVICE_CONFIG), &server.config)?;
+    fs::write(
+        folder.path().join(DEVICE_CONFIG),
+        toml::to_string(&server.config)?,
+    )?;
     let log = folder.path().join(DEVICE_LOG);
     let output = File::create(&log)?;
     let mut command = Command::new(&server.rig);
