@@ -9,7 +9,7 @@ use extlb_spec::uapi::{self, Audit, Info, Stats};
 use extlb_spec::{Iova, PAGE_SIZE, context, uapi::create};
 
 use crate::error::{Error, Refused, Result};
-use crate::memory_unsafe::{Backing, BackingContext, Sharing};
+use crate::memory_unsafe::{Backing, BackingContext, Fork, Sharing};
 use crate::queue::Queue;
 use crate::region::{Mapping, Region};
 use crate::slice_unsafe::{Slice, SliceMut};
@@ -106,7 +106,10 @@ impl<B: Backing> Device<B> {
 
     /// Fresh zeroed memory, not yet registered. `len` is rounded up to whole pages.
     pub fn map_anonymous(&self, len: usize) -> Result<Mapping<B>> {
-        Ok(Mapping::new(self.backing.allocate(whole_pages(len)?)?, len))
+        Ok(Mapping::new(
+            self.backing.allocate(whole_pages(len)?, Fork::Copy)?,
+            len,
+        ))
     }
 
     /// A range of a file, for the device to read. Its start must be a multiple of the page size.
@@ -159,7 +162,7 @@ impl<B: Backing> Context<B> {
 
     /// Fresh zeroed memory of `len` bytes, registered.
     pub fn allocate(&self, len: usize) -> Result<SliceMut<B>> {
-        let memory = self.backing.allocate(whole_pages(len)?)?;
+        let memory = self.backing.allocate(whole_pages(len)?, Fork::Copy)?;
         Ok(self.register(Mapping::new(memory, len))?)
     }
 

@@ -19,7 +19,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
 use crate::error::{Error, Result};
-use crate::memory_unsafe::{Access, Backing, BackingContext, Memory, Shadow, Sharing, Wake};
+use crate::memory_unsafe::{Access, Backing, BackingContext, Fork, Memory, Shadow, Sharing, Wake};
 
 mod ioctl {
     use super::*;
@@ -175,9 +175,13 @@ unsafe impl Backing for Kernel {
         Ok(info)
     }
 
-    fn allocate(&self, len: usize) -> Result<KernelMemory> {
+    fn allocate(&self, len: usize, fork: Fork) -> Result<KernelMemory> {
         let map = MmapOptions::new().len(len).map_anon();
         let map = map.map_err(|error| map_error(&error))?;
+        if fork == Fork::Nothing {
+            map.advise(memmap2::Advice::DontFork)
+                .map_err(|error| map_error(&error))?;
+        }
         Ok(KernelMemory {
             map: map.into(),
             access: Access::Exclusive,

@@ -85,6 +85,8 @@
 
 mod context;
 mod error;
+#[cfg(feature = "inprocess")]
+pub mod inprocess;
 mod kernel_unsafe;
 mod memory_unsafe;
 mod operation;
@@ -100,7 +102,7 @@ pub use context::{Context, Device, Follow, Options, Registration};
 pub use error::{Error, Nonsense, Refused, Result};
 pub use extlb_spec as spec;
 pub use kernel_unsafe::{Kernel, KernelContext, KernelMemory};
-pub use memory_unsafe::{Access, Backing, BackingContext, Memory, Shadow, Sharing, Wake};
+pub use memory_unsafe::{Access, Backing, BackingContext, Fork, Memory, Shadow, Sharing, Wake};
 pub use operation::{Compare, Copy, Crc32c, Fill, Nop, Operation, Raw};
 pub use queue::Queue;
 pub use region::Mapping;

@@ -26,12 +26,21 @@ pub unsafe trait Backing: Send + Sync + Sized + 'static {
     /// What the driver and the device can do.
     fn info(&self) -> Result<Info>;
     /// Fresh zeroed memory of `len` bytes, a multiple of the page size.
-    fn allocate(&self, len: usize) -> Result<Self::Memory>;
+    fn allocate(&self, len: usize, fork: Fork) -> Result<Self::Memory>;
     /// A range of a file; its start is a multiple of the page size.
     fn map_file(&self, file: &File, range: Range<u64>, sharing: Sharing) -> Result<Self::Memory>;
     /// Makes a context whose ring of `1 << ring_log2` descriptors is at `ring`. `flags` are the
     /// create flags of the driver's interface.
     fn create(&self, ring: Iova, ring_log2: u32, flags: u32) -> Result<Self::Context>;
+}
+
+/// What a child process gets of memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fork {
+    /// A copy, made when one of both writes.
+    Copy,
+    /// Nothing: the memory stays where it is, whoever writes.
+    Nothing,
 }
 
 /// How changes to a mapped file are shared.

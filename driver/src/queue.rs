@@ -16,7 +16,7 @@ use extlb_spec::work::{Completion, Descriptor};
 
 use crate::context::Options;
 use crate::error::{Error, Nonsense, Result};
-use crate::memory_unsafe::{Backing, BackingContext};
+use crate::memory_unsafe::{Backing, BackingContext, Fork};
 use crate::operation::{Answer, Expect, judge};
 use crate::region::Mapping;
 use crate::ring::Rings;
@@ -43,7 +43,9 @@ impl<B: Backing> Queue<B> {
     pub(crate) fn create(backing: &B, options: Options) -> Result<Self> {
         let pages = |bytes: usize| bytes.next_multiple_of(extlb_spec::PAGE_SIZE as usize);
         let allocate = |bytes| -> Result<Mapping<B>> {
-            Ok(Mapping::new(backing.allocate(pages(bytes))?, bytes))
+            // A child has no business with the rings of its parent.
+            let memory = backing.allocate(pages(bytes), Fork::Nothing)?;
+            Ok(Mapping::new(memory, bytes))
         };
         let descriptors = allocate(Descriptor::SIZE << options.ring_log2)?;
         let records = allocate(Completion::SIZE << options.ring_log2)?;
