@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail};
 
@@ -40,12 +41,19 @@ pub fn guest_programs(cache: &Cache) -> Result<GuestPrograms> {
     })
 }
 
+/// Whether this program understands the rig's command line, whatever it is called.
+static IS_RIG: AtomicBool = AtomicBool::new(false);
+
+/// Called by the rig's command line: this program can be started as device server and as sandbox.
+pub fn this_is_the_rig() {
+    IS_RIG.store(true, Ordering::Relaxed);
+}
+
 /// The rig's own binary, which also is the device server and the sandbox: this program if it is the
-/// one, else it is built.
+/// rig, else it is built.
 pub fn rig_binary(cache: &Cache) -> Result<PathBuf> {
-    let this = std::env::current_exe().context("cannot tell which program this is")?;
-    if this.file_stem().is_some_and(|name| name == "extlb") {
-        return Ok(this);
+    if IS_RIG.load(Ordering::Relaxed) {
+        return std::env::current_exe().context("cannot tell which program this is");
     }
     let target = paths::target(cache)?.join("rig");
     build(

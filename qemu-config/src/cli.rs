@@ -112,6 +112,7 @@ struct ShellArguments {
 
 /// Runs the command that the arguments name; returns the exit code.
 pub fn main() -> i32 {
+    cargo::this_is_the_rig();
     let cli = Cli::parse();
     match execute(cli) {
         Ok(code) => code,

@@ -90,10 +90,13 @@ pub enum Booted {
     Dead(Outcome),
 }
 
-/// A guest has to come up within this time, without a processor's help.
-const TCG_LIMIT: Duration = Duration::from_secs(180);
-/// The same with it; what takes longer does not work.
-const KVM_LIMIT: Duration = Duration::from_secs(30);
+/// A guest has to come up within this time.
+fn limit_with(accelerator: Accelerator) -> Duration {
+    Duration::from_secs(match accelerator {
+        Accelerator::Kvm => 30,
+        Accelerator::Tcg => 180,
+    })
+}
 
 impl Rig {
     /// Finds, fetches or builds everything.
@@ -103,13 +106,14 @@ impl Rig {
     pub fn prepare(options: &Options) -> Result<Self> {
         let cache = Cache::open()?;
         let binary = cargo::rig_binary(&cache)?;
+        // First what fails soonest, if it fails.
+        let programs = cargo::guest_programs(&cache)?;
         let qemu = Qemu::get(&cache, options.qemu.as_deref())?;
         let tools = Toolbox::get(&cache, &toolbox::TOOLS)?;
         let (kernel, driver) = match &options.kernel {
             Some(given) => kernel::given(&cache, &binary, given, !options.no_device)?,
             None => kernel::get(&cache, &binary, options.flavour, !options.no_device)?,
         };
-        let programs = cargo::guest_programs(&cache)?;
         let busybox = busybox(&tools);
         let applets = child::output(Command::new(busybox).arg("--list-full"))
             .context("cannot run the guest's busybox")?
@@ -157,35 +161,33 @@ impl Rig {
         deadline: Option<Instant>,
         make_sinks: &dyn Fn() -> Sinks,
     ) -> Result<Booted> {
-        let (mut accelerator, proven) = self.accelerator()?;
-        loop {
-            let limit = match accelerator {
-                Accelerator::Kvm => KVM_LIMIT,
-                Accelerator::Tcg => TCG_LIMIT,
-            };
-            let limit = Instant::now() + limit;
-            match self.try_boot(&mut guest, accelerator, limit, deadline, make_sinks()) {
-                Ok(booted) => return Ok(booted),
-                Err(error) if accelerator == Accelerator::Kvm && !proven => {
-                    let why = format!("KVM runs a small guest and not a kernel ({error:#})");
-                    accel::remember(&self.cache, &self.qemu, Some(&why))?;
-                    eprintln!("extlb: {why}; emulating instead");
-                    accelerator = Accelerator::Tcg;
-                }
-                Err(error) => return Err(error),
-            }
+        let accelerator = self.accelerator()?;
+        let limit = Instant::now() + limit_with(accelerator);
+        let error = match self.try_boot(&mut guest, accelerator, limit, deadline, make_sinks()) {
+            Ok(booted) => return Ok(booted),
+            Err(error) => error,
+        };
+        if accelerator == Accelerator::Tcg || self.options.accel != Wish::Auto {
+            return Err(error);
         }
+        let limit = Instant::now() + limit_with(Accelerator::Tcg);
+        let booted = self.try_boot(&mut guest, Accelerator::Tcg, limit, deadline, make_sinks())?;
+        // The same guest comes up without KVM: KVM was at fault, not something that both need.
+        let why = format!("KVM runs a small guest and not a kernel ({error:#})");
+        eprintln!("extlb: {why}; emulating from now on");
+        accel::remember(&self.cache, &self.qemu, Some(&why))?;
+        Ok(booted)
     }
 
-    /// The accelerator to use, and whether it was asked for by name.
-    fn accelerator(&self) -> Result<(Accelerator, bool)> {
-        match self.options.accel {
-            Wish::Tcg => Ok((Accelerator::Tcg, true)),
-            wish => match (accel::kvm_works(&self.cache, &self.qemu)?, wish) {
-                (Ok(()), wish) => Ok((Accelerator::Kvm, wish == Wish::Kvm)),
-                (Err(_), Wish::Auto) => Ok((Accelerator::Tcg, true)),
-                (Err(why), _) => bail!("KVM does not work here: {why}; try --accel tcg"),
-            },
+    fn accelerator(&self) -> Result<Accelerator> {
+        let wish = self.options.accel;
+        if wish == Wish::Tcg {
+            return Ok(Accelerator::Tcg);
+        }
+        match accel::kvm_works(&self.cache, &self.qemu)? {
+            Ok(()) => Ok(Accelerator::Kvm),
+            Err(_) if wish == Wish::Auto => Ok(Accelerator::Tcg),
+            Err(why) => bail!("KVM does not work here: {why}; try --accel tcg"),
         }
     }
 

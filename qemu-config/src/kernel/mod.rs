@@ -220,7 +220,30 @@ fn build(
     prune(&work, &mut step)?;
     remove_tree(tree)?;
     fs::rename(&work, tree).with_context(|| format!("cannot move it to {}", tree.display()))?;
+    forget_old(tree, flavour)?;
     step.done();
+    Ok(())
+}
+
+/// Removes kernels that were built longest ago; who changes patches makes many.
+fn forget_old(tree: &Path, flavour: Flavour) -> Result<()> {
+    const KEPT: usize = 4;
+    let all = tree.parent().context("a kernel lies in a folder")?;
+    let prefix = format!("{}-", flavour.name());
+    let mut kernels = Vec::new();
+    for entry in fs::read_dir(all)? {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().starts_with(&prefix) {
+            kernels.push((
+                fs::metadata(entry.path().join("bzImage"))?.modified()?,
+                entry.path(),
+            ));
+        }
+    }
+    kernels.sort();
+    for (_, old) in kernels.iter().rev().skip(KEPT) {
+        remove_tree(old)?;
+    }
     Ok(())
 }
 
@@ -375,6 +398,24 @@ mod tests {
             "README.md",
         ] {
             assert!(!is_driver_source(Path::new(name)), "{name}");
+        }
+    }
+
+    #[test]
+    fn the_newest_kernels_of_a_flavour_are_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["base-1", "base-2", "base-3", "base-4", "base-5", "debug-1"] {
+            let tree = folder.path().join(name);
+            fs::create_dir(&tree).unwrap();
+            let image = fs::File::create(tree.join("bzImage")).unwrap();
+            let seconds = name.bytes().last().unwrap().into();
+            let time = std::time::UNIX_EPOCH + std::time::Duration::from_secs(seconds);
+            image.set_modified(time).unwrap();
+        }
+        forget_old(&folder.path().join("base-5"), Flavour::Base).unwrap();
+        assert!(!folder.path().join("base-1").exists());
+        for kept in ["base-2", "base-5", "debug-1"] {
+            assert!(folder.path().join(kept).exists(), "{kept}");
         }
     }
 

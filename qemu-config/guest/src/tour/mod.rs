@@ -1,0 +1,140 @@
+//! The tour: what an extlb device can do that others cannot, shown and measured.
+
+mod demand_faults;
+mod figures;
+mod hog;
+mod load;
+mod memory_pressure;
+mod memory_unsafe;
+mod mutator;
+mod negative_control;
+mod pinned;
+mod procfs;
+mod random;
+mod traffic;
+mod unmap_under_fire;
+mod words;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result, bail};
+use clap::{Parser, Subcommand};
+use extlb_driver::{Device, Kernel};
+use figures::{Report, StepReport};
+
+/// Where the guest has the input file.
+const DEFAULT_INPUT: &str = "/mnt/input/input";
+
+/// Shows what the device can do, step by step; exits 0 if all of it holds.
+#[derive(Debug, Parser)]
+#[command(name = "extlb-tour")]
+struct Arguments {
+    /// File for the step demand-faults, at least 64 MiB [default: /mnt/input/input]
+    #[arg(long)]
+    input: Option<PathBuf>,
+    /// Where to write the figures, as JSON
+    #[arg(long)]
+    json: Option<PathBuf>,
+    /// Do this step only; may be repeated
+    #[arg(long = "step", value_name = "NAME")]
+    steps: Vec<String>,
+    /// Operations on the memory in the step unmap-under-fire
+    #[arg(long, default_value_t = 10_000)]
+    operations: u64,
+    /// Seed of everything that is random
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Name the steps, and do nothing
+    #[arg(long)]
+    list: bool,
+    #[command(subcommand)]
+    command: Option<Other>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Other {
+    /// Keep the device busy until killed, so that other programs run beside it
+    Load {
+        /// End after this many seconds
+        #[arg(long)]
+        seconds: Option<u64>,
+    },
+    /// Part of the step memory-pressure: pin memory until it fails
+    #[command(hide = true)]
+    PinnedChild {
+        /// MiB to pin
+        mib: u64,
+    },
+}
+
+type Step = fn(&Arguments, &Device<Kernel>, &mut figures::Figures) -> Result<String>;
+
+/// The steps in the order in which they are done.
+const STEPS: [(&str, Step); 4] = [
+    ("demand-faults", demand_faults::run),
+    ("unmap-under-fire", unmap_under_fire::run),
+    ("memory-pressure", memory_pressure::run),
+    ("negative-control", negative_control::run),
+];
+
+/// The program.
+pub fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let outcome = match &arguments.command {
+        Some(Other::Load { seconds }) => load::run(*seconds).map(|()| true),
+        Some(Other::PinnedChild { mib }) => return pinned::child(*mib),
+        None => tour(&arguments),
+    };
+    match outcome {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("extlb-tour: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Does the steps; whether all passed.
+fn tour(arguments: &Arguments) -> Result<bool> {
+    if arguments.list {
+        STEPS.iter().for_each(|(name, _)| println!("{name}"));
+        return Ok(true);
+    }
+    for name in &arguments.steps {
+        if !STEPS.iter().any(|(known, _)| known == name) {
+            bail!("there is no step {name:?}; --list names them");
+        }
+    }
+    let device = Device::open(Kernel::new())?;
+    let mut report = Report { passed: true, steps: Vec::new() };
+    for (name, step) in STEPS {
+        if !arguments.steps.is_empty() && !arguments.steps.iter().any(|wanted| wanted == name) {
+            continue;
+        }
+        println!("---- {name}");
+        let mut figures = figures::Figures::default();
+        let begun = std::time::Instant::now();
+        let outcome = step(arguments, &device, &mut figures);
+        figures.seconds.get_or_insert(figures::seconds(begun.elapsed()));
+        let why = match outcome {
+            Ok(summary) => {
+                println!("PASS {name}: {summary}");
+                None
+            }
+            Err(error) => {
+                let why = format!("{error:#}");
+                println!("FAIL {name}: {why}");
+                Some(why)
+            }
+        };
+        report.passed &= why.is_none();
+        report.steps.push(StepReport { name, passed: why.is_none(), why, figures });
+    }
+    if let Some(path) = &arguments.json {
+        let text = serde_json::to_vec_pretty(&report)?;
+        std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(report.passed)
+}

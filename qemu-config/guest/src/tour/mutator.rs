@@ -1,0 +1,201 @@
+//! What the program does to the memory under the device's hands.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
+
+use anyhow::{Context as _, Result, ensure};
+use extlb_driver::{Context, Kernel, Registration};
+
+use super::memory_unsafe::{Area, PAGE, in_child};
+use super::random::Random;
+use super::traffic::Shared;
+use super::words::{Writer, word};
+
+/// Largest range that one operation changes, in pages.
+const MAX_PAGES: usize = 12;
+/// Ranges that were moved away and are watched for a while.
+const GRAVES: usize = 8;
+/// Registrations before all is registered anew as one.
+const MAX_REGISTRATIONS: usize = 1000;
+
+/// Operations on memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    /// `munmap`, and fresh pages there.
+    Unmap,
+    /// `MADV_DONTNEED`.
+    DontNeed,
+    /// `mprotect`, read-only and back.
+    Protect,
+    /// `fork`, and writing while the child lives.
+    Fork,
+    /// `mremap` to elsewhere, and fresh pages there.
+    Move,
+    /// `mmap` with `MAP_FIXED` over it.
+    Replace,
+}
+
+impl Kind {
+    /// The system call, for reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Unmap => "munmap",
+            Kind::DontNeed => "madvise_dontneed",
+            Kind::Protect => "mprotect",
+            Kind::Fork => "fork_and_write",
+            Kind::Move => "mremap",
+            Kind::Replace => "mmap_fixed",
+        }
+    }
+}
+
+/// Changes an area that a context's device works on.
+pub struct Mutator<'a> {
+    fire: &'a Area,
+    context: &'a Context<Kernel>,
+    shared: &'a Shared,
+    random: Random,
+    registrations: Vec<Registration<Kernel>>,
+    graveyard: Area,
+    /// What was moved away: pages of the graveyard, with their checksum.
+    graves: VecDeque<(Range<usize>, u64)>,
+    next_grave: usize,
+    written: u64,
+    pub counts: BTreeMap<&'static str, u64>,
+}
+
+impl<'a> Mutator<'a> {
+    /// Registers the area.
+    pub fn new(
+        fire: &'a Area,
+        context: &'a Context<Kernel>,
+        shared: &'a Shared,
+        seed: u64,
+    ) -> Result<Self> {
+        Ok(Self {
+            fire,
+            context,
+            shared,
+            random: Random::new(seed),
+            registrations: vec![context.register_addresses(fire.addrs(&(0..fire.pages())))?],
+            graveyard: Area::reserve((GRAVES + 1) * MAX_PAGES)?,
+            graves: VecDeque::new(),
+            next_grave: 0,
+            written: 0,
+            counts: BTreeMap::new(),
+        })
+    }
+
+    /// Does one operation on a random range.
+    pub fn step(&mut self, kind: Kind) -> Result<()> {
+        let len = 1 + self.random.below(MAX_PAGES as u64) as usize;
+        let start = self.random.below((self.fire.pages() - len + 1) as u64) as usize;
+        let pages = start..start + len;
+        let before = self.shared.before_wiping();
+        match kind {
+            Kind::Unmap => {
+                self.fire.unmap(pages.clone())?;
+                self.fire.map_hole(pages.clone())?;
+                self.register(&pages)?;
+            }
+            Kind::DontNeed => self.fire.dont_need(pages.clone())?,
+            Kind::Protect => self.protect(&pages)?,
+            Kind::Fork => self.fork(&pages)?,
+            Kind::Move => {
+                self.bury(&pages)?;
+                self.fire.map_hole(pages.clone())?;
+                self.register(&pages)?;
+            }
+            Kind::Replace => {
+                self.fire.map(pages.clone())?;
+                self.register(&pages)?;
+            }
+        }
+        if !matches!(kind, Kind::Protect | Kind::Fork) {
+            self.shared.wiped(pages, before);
+        }
+        *self.counts.entry(kind.name()).or_default() += 1;
+        self.shared.check()
+    }
+
+    /// What was unmapped is no longer registered; what is there now has to be registered anew.
+    fn register(&mut self, pages: &Range<usize>) -> Result<()> {
+        if self.registrations.len() < MAX_REGISTRATIONS {
+            let range = self.fire.addrs(pages);
+            let registration = self.context.register_addresses(range);
+            let registration = registration.with_context(|| format!("pages {pages:?}"))?;
+            self.registrations.push(registration);
+            return Ok(());
+        }
+        for registration in self.registrations.drain(..) {
+            registration.unregister()?;
+        }
+        let all = self.fire.addrs(&(0..self.fire.pages()));
+        self.registrations.push(self.context.register_addresses(all)?);
+        Ok(())
+    }
+
+    /// While a page is read-only nobody writes to it: not the program, so not the device.
+    fn protect(&mut self, pages: &Range<usize>) -> Result<()> {
+        self.fire.protect(pages.clone(), false)?;
+        let page = pages.start..pages.start + 1;
+        let first = self.fire.checksum(page.clone());
+        let second = self.fire.checksum(page);
+        self.fire.protect(pages.clone(), true)?;
+        ensure!(first == second, "page {} was written to while read-only", pages.start);
+        Ok(())
+    }
+
+    /// After a fork both have the same pages; whoever writes gets copies, and the device belongs
+    /// to the parent. The child must see none of what it writes.
+    fn fork(&mut self, pages: &Range<usize>) -> Result<()> {
+        let fire = self.fire;
+        let child = || {
+            let first = fire.checksum(pages.clone());
+            std::thread::yield_now();
+            first == fire.checksum(pages.clone())
+        };
+        let written = &mut self.written;
+        let parent = || {
+            for page in pages.clone() {
+                *written += 1;
+                fire.store(page * PAGE + 8 * (page % 512), word(page, Writer::Program, *written));
+            }
+        };
+        let same = in_child(child, parent)?;
+        ensure!(same, "the device wrote to pages {pages:?} of a forked child");
+        Ok(())
+    }
+
+    /// Moves pages to the graveyard. They are the program's alone there, and stay as they are.
+    fn bury(&mut self, pages: &Range<usize>) -> Result<()> {
+        if self.graves.len() == GRAVES {
+            self.exhume()?;
+        }
+        let at = self.next_grave;
+        self.next_grave = (at + MAX_PAGES) % self.graveyard.pages();
+        self.fire.move_to(pages.clone(), &self.graveyard, at)?;
+        let grave = at..at + pages.len();
+        let sum = self.graveyard.checksum(grave.clone());
+        self.graves.push_back((grave, sum));
+        Ok(())
+    }
+
+    fn exhume(&mut self) -> Result<()> {
+        let Some((grave, sum)) = self.graves.pop_front() else { return Ok(()) };
+        let now = self.graveyard.checksum(grave.clone());
+        ensure!(now == sum, "the device wrote to pages that were moved away from its range");
+        self.graveyard.unmap(grave)
+    }
+
+    /// Checks what was moved away, and takes the area back from the device.
+    pub fn finish(mut self) -> Result<BTreeMap<&'static str, u64>> {
+        while !self.graves.is_empty() {
+            self.exhume()?;
+        }
+        for registration in self.registrations.drain(..) {
+            registration.unregister()?;
+        }
+        Ok(std::mem::take(&mut self.counts))
+    }
+}

@@ -1,0 +1,145 @@
+//! While the device copies from and to a region without pause, the program unmaps it, gives pages
+//! up, write-protects, forks and writes, moves and replaces it.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use anyhow::{Result, ensure};
+use extlb_driver::{Device, Kernel, Options};
+
+use super::Arguments;
+use super::figures::Figures;
+use super::memory_unsafe::Area;
+use super::mutator::{Kind, Mutator};
+use super::random::Random;
+use super::traffic::{Areas, SINK_PAGES, Shared, Totals, Traffic};
+use super::words::{Writer, word};
+
+/// Pages of the region: 4 MiB.
+const PAGES: usize = 1024;
+/// Operations between two calm moments with an audit.
+const BURST: u64 = 250;
+/// One fork in so many operations: it is by far the slowest, as it touches every page table of
+/// the process.
+const FORK_EVERY: u64 = 32;
+
+/// The step.
+pub fn run(
+    arguments: &Arguments,
+    device: &Device<Kernel>,
+    figures: &mut Figures,
+) -> Result<String> {
+    let context = device.context(Options { ring_log2: 7, ..Options::default() })?;
+    let (fire, source, sink) =
+        (Area::fresh(PAGES)?, Area::fresh(PAGES)?, Area::fresh(SINK_PAGES)?);
+    for page in 0..PAGES {
+        source.store_all(page..page + 1, word(page, Writer::Copy, 0));
+    }
+    let _kept = [
+        context.register_addresses(source.addrs(&(0..PAGES)))?,
+        context.register_addresses(sink.addrs(&(0..SINK_PAGES)))?,
+    ];
+    let shared = Shared::new(PAGES);
+    let areas = Areas { fire: &fire, source: Some(&source), sink: &sink };
+    let mut mutator = Mutator::new(&fire, &context, &shared, arguments.seed)?;
+    let traffic =
+        Traffic::new(areas, context.queue().clone(), &shared, arguments.seed, false);
+    let before = context.stats()?;
+    let begun = Instant::now();
+    let canary_pages = AtomicU64::new(0);
+    let mut audits = (0, 0);
+
+    let (outcome, totals) = std::thread::scope(|scope| {
+        let traffic = scope.spawn(|| traffic.run());
+        scope.spawn(|| {
+            canary_pages.store(super::hog::run(&shared, arguments.seed), Ordering::Relaxed);
+        });
+        let outcome = change(arguments, &context, &shared, &mut mutator, &mut audits, begun);
+        shared.stop();
+        (outcome, traffic.join().unwrap_or_default())
+    });
+    let after = context.stats()?;
+    figures.take_stats(&before, &after);
+    figures.seconds = Some(super::figures::seconds(begun.elapsed()));
+    figures.bytes = Some(totals.bytes);
+    figures.words_verified = Some(totals.words);
+    figures.canary_pages = Some(canary_pages.load(Ordering::Relaxed));
+    figures.audits = Some(audits.0);
+    figures.audited_translations = Some(audits.1);
+    figures.mutations = mutator.counts.clone();
+    outcome?;
+    shared.check()?;
+    mutator.finish()?;
+    conclude(arguments, figures, &totals)
+}
+
+fn change(
+    arguments: &Arguments,
+    context: &extlb_driver::Context<Kernel>,
+    shared: &Shared,
+    mutator: &mut Mutator<'_>,
+    audits: &mut (u64, u64),
+    begun: Instant,
+) -> Result<()> {
+    const OTHERS: [Kind; 5] =
+        [Kind::Unmap, Kind::DontNeed, Kind::Protect, Kind::Move, Kind::Replace];
+    let mut random = Random::new(arguments.seed ^ 0x6b1d);
+    for n in 0..arguments.operations {
+        let kind = match random.below(FORK_EVERY) {
+            0 => Kind::Fork,
+            _ => OTHERS[random.below(OTHERS.len() as u64) as usize],
+        };
+        mutator.step(kind)?;
+        if (n + 1) % BURST == 0 {
+            // Nobody changes the memory now: operations succeed in whole, and what the device
+            // has is what the process has.
+            shared.calm_round()?;
+            let audit = context.audit()?;
+            audits.0 += 1;
+            audits.1 += audit.checked;
+            ensure!(
+                audit.mismatches == 0,
+                "an audit found {} wrong translations, the first at {:#x}: the device has {:#x}, \
+                 the process {:#x}",
+                audit.mismatches,
+                audit.iova,
+                audit.device_gpa,
+                audit.cpu_gpa
+            );
+        }
+        if (n + 1) % 2500 == 0 {
+            println!("  {} operations on the memory, {:.1} s", n + 1, begun.elapsed().as_secs_f64());
+        }
+    }
+    shared.calm_round()
+}
+
+fn conclude(arguments: &Arguments, figures: &Figures, totals: &Totals) -> Result<String> {
+    let shootdowns = figures.shootdowns.unwrap_or(0);
+    for (kind, count) in &figures.mutations {
+        println!("  {kind}: {count}");
+    }
+    println!(
+        "  device: {} operations completed, {} faulted, {} MiB, {} words verified",
+        totals.completed,
+        totals.faulted,
+        totals.bytes >> 20,
+        totals.words
+    );
+    if let Some(latency) = &figures.shootdown_ns {
+        println!("  shootdowns: {shootdowns}, {latency}");
+    }
+    let stale = figures.stale_accesses.unwrap_or(u64::MAX);
+    ensure!(stale == 0, "{stale} stale accesses");
+    ensure!(totals.completed > 0, "the device completed nothing");
+    ensure!(
+        shootdowns * 4 >= arguments.operations,
+        "only {shootdowns} shootdowns in {} operations: the device was hardly involved",
+        arguments.operations
+    );
+    Ok(format!(
+        "{} operations on the memory, {shootdowns} shootdowns, {} operations of the device \
+         completed and {} faulted, 0 stale accesses",
+        arguments.operations, totals.completed, totals.faulted
+    ))
+}
