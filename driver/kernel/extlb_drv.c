@@ -26,7 +26,6 @@ static void free_dev(struct kref *ref)
 	struct extlb_dev *dev = container_of(ref, struct extlb_dev, ref);
 
 	cleanup_srcu_struct(&dev->srcu);
-	ida_free(&extlb_ids, dev->id);
 	pci_dev_put(dev->pdev);
 	kvfree(dev);
 }
@@ -34,6 +33,14 @@ static void free_dev(struct kref *ref)
 void extlb_dev_put(struct extlb_dev *dev)
 {
 	kref_put(&dev->ref, free_dev);
+}
+
+/* The name can be given to another device, while files of this one are open. */
+static void give_up(struct extlb_dev *dev)
+{
+	cancel_work_sync(&dev->dead_work);
+	ida_free(&extlb_ids, dev->id);
+	extlb_dev_put(dev);
 }
 
 /* Contexts end with an error, once the device is fenced off. */
@@ -391,8 +398,7 @@ stop:
 destroy_wq:
 	destroy_workqueue(dev->wq);
 put:
-	cancel_work_sync(&dev->dead_work);
-	extlb_dev_put(dev);
+	give_up(dev);
 	return ret;
 }
 
@@ -432,8 +438,7 @@ static void extlb_remove(struct pci_dev *pdev)
 
 	free_irqs(dev);
 	destroy_workqueue(dev->wq);
-	cancel_work_sync(&dev->dead_work);
-	extlb_dev_put(dev);
+	give_up(dev);
 }
 
 /* Somebody resets the function: what ran on it is lost, and must know. */

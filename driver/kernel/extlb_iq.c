@@ -55,35 +55,32 @@ static void put_command(struct extlb_iq *iq, const struct extlb_command *command
 }
 
 /*
- * Takes the lock with room for @need commands. False: the device is dead, and
- * the lock is not held.
+ * Takes the lock when there is room for @need commands. False: the device is
+ * dead; the lock is held all the same.
  */
 static bool lock_with_room(struct extlb_dev *dev, u32 need)
+	__acquires(&dev->iq.lock)
 {
 	struct extlb_iq *iq = &dev->iq;
 	u64 end = 0;
 	u32 used;
 
-	for (;;) {
-		spin_lock(&iq->lock);
-		if (extlb_is_dead(dev))
-			break;
+	spin_lock(&iq->lock);
+	while (!extlb_is_dead(dev)) {
 		used = iq->tail - READ_ONCE(dev->shadow->iq_head);
 		if (used + need <= iq->entries)
 			return true;
 		spin_unlock(&iq->lock);
 
-		if (used > iq->entries) {
+		if (used > iq->entries)
 			extlb_fence(dev, "head of the invalidation queue makes no sense");
-			return false;
-		}
-		if (!end)
+		else if (!end)
 			end = deadline();
 		else if (ktime_get_mono_fast_ns() > end)
 			extlb_fence(dev, "invalidation queue stays full");
 		cpu_relax();
+		spin_lock(&iq->lock);
 	}
-	spin_unlock(&iq->lock);
 	return false;
 }
 
@@ -106,7 +103,7 @@ u64 extlb_iq_post(struct extlb_dev *dev, const struct extlb_command *command,
 	u64 seq = 0;
 
 	if (!lock_with_room(dev, ack ? 2 : 1))
-		return 0;
+		goto unlock;
 
 	put_command(iq, command);
 	if (ack) {
@@ -127,6 +124,7 @@ u64 extlb_iq_post(struct extlb_dev *dev, const struct extlb_command *command,
 	dma_wmb();
 	WRITE_ONCE(dev->shadow->iq_tail, iq->tail);
 	extlb_kick(dev, &dev->shadow->iq_need_kick);
+unlock:
 	spin_unlock(&iq->lock);
 	return seq;
 }
