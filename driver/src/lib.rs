@@ -101,6 +101,7 @@ mod wait;
 pub use context::{Context, Device, Follow, Options, Registration};
 pub use error::{Error, Nonsense, Refused, Result};
 pub use extlb_spec as spec;
+pub use extlb_spec::Iova;
 pub use kernel_unsafe::{Kernel, KernelContext, KernelMemory};
 pub use memory_unsafe::{Access, Backing, BackingContext, Fork, Memory, Shadow, Sharing, Wake};
 pub use operation::{Compare, Copy, Crc32c, Fill, Nop, Operation, Raw};

@@ -1,6 +1,5 @@
-//! The tour.
+//! The tour: shows in the guest what the device can do.
 
-fn main() {
-    eprintln!("extlb-tour: not built yet");
-    std::process::exit(1);
+fn main() -> std::process::ExitCode {
+    extlb_guest::tour::main()
 }

@@ -119,9 +119,8 @@ impl Figures {
         self.pages_shot_down = since(|s| s.shot_pages);
         self.stale_accesses = since(|s| s.oracle_stale);
         self.oracle_checks = since(|s| s.oracle_checks);
-        let counts: [u64; BUCKETS] = std::array::from_fn(|i| {
-            after.shootdown_ns[i].saturating_sub(before.shootdown_ns[i])
-        });
+        let counts: [u64; BUCKETS] =
+            std::array::from_fn(|i| after.shootdown_ns[i].saturating_sub(before.shootdown_ns[i]));
         self.shootdown_ns = Some(Latency {
             p50: histogram::percentile(&counts, 500),
             p99: histogram::percentile(&counts, 990),

@@ -44,7 +44,10 @@ impl Area {
         let flags = ANONYMOUS | MapFlags::MAP_NORESERVE;
         // SAFETY: a new mapping at an address of the kernel's choice.
         let start = unsafe { mmap_anonymous(None, len, ProtFlags::PROT_NONE, flags) };
-        Ok(Self { start: start.context("mmap")?.cast(), pages })
+        Ok(Self {
+            start: start.context("mmap")?.cast(),
+            pages,
+        })
     }
 
     /// Fresh zeroed memory.
@@ -71,7 +74,10 @@ impl Area {
     }
 
     fn at(&self, pages: &Range<usize>) -> (NonNull<libc::c_void>, usize) {
-        assert!(pages.start < pages.end && pages.end <= self.pages, "{pages:?}");
+        assert!(
+            pages.start < pages.end && pages.end <= self.pages,
+            "{pages:?}"
+        );
         // SAFETY: within the area, as asserted.
         let start = unsafe { self.start.add(pages.start * PAGE) };
         (start.cast(), pages.len() * PAGE)
@@ -122,7 +128,11 @@ impl Area {
     /// Forbids or allows writing.
     pub fn protect(&self, pages: Range<usize>, write: bool) -> Result<()> {
         let (start, len) = self.at(&pages);
-        let prot = if write { READ_WRITE } else { ProtFlags::PROT_READ };
+        let prot = if write {
+            READ_WRITE
+        } else {
+            ProtFlags::PROT_READ
+        };
         // SAFETY: pages of this area only, which hold no Rust objects.
         unsafe { mprotect(start, len, prot) }.with_context(|| format!("mprotect of {pages:?}"))
     }
@@ -154,13 +164,17 @@ impl Area {
 
     /// Writes one word all over some pages.
     pub fn store_all(&self, pages: Range<usize>, word: u64) {
-        (pages.start * PAGE..pages.end * PAGE).step_by(8).for_each(|at| self.store(at, word));
+        (pages.start * PAGE..pages.end * PAGE)
+            .step_by(8)
+            .for_each(|at| self.store(at, word));
     }
 
     /// A checksum of some pages.
     pub fn checksum(&self, pages: Range<usize>) -> u64 {
         let words = (pages.start * PAGE..pages.end * PAGE).step_by(8);
-        words.fold(0, |sum: u64, at| sum.rotate_left(5).wrapping_add(self.load(at)))
+        words.fold(0, |sum: u64, at| {
+            sum.rotate_left(5).wrapping_add(self.load(at))
+        })
     }
 }
 
@@ -176,7 +190,10 @@ impl Drop for Area {
 ///
 /// The descriptor's operands must lie in areas (asserted by those who make it from
 /// [`Area::addr`]), which hold no Rust objects at any time.
-pub fn submit(to: &Submitter<'_, Kernel>, descriptor: Descriptor) -> Result<Pending<Kernel, Raw, ()>> {
+pub fn submit(
+    to: &Submitter<'_, Kernel>,
+    descriptor: Descriptor,
+) -> Result<Pending<Kernel, Raw, ()>> {
     // SAFETY: as said above; where the areas are unmapped, the device faults.
     Ok(unsafe { to.submit_raw(descriptor) }?)
 }

@@ -108,7 +108,10 @@ fn tour(arguments: &Arguments) -> Result<bool> {
         }
     }
     let device = Device::open(Kernel::new())?;
-    let mut report = Report { passed: true, steps: Vec::new() };
+    let mut report = Report {
+        passed: true,
+        steps: Vec::new(),
+    };
     for (name, step) in STEPS {
         if !arguments.steps.is_empty() && !arguments.steps.iter().any(|wanted| wanted == name) {
             continue;
@@ -117,7 +120,9 @@ fn tour(arguments: &Arguments) -> Result<bool> {
         let mut figures = figures::Figures::default();
         let begun = std::time::Instant::now();
         let outcome = step(arguments, &device, &mut figures);
-        figures.seconds.get_or_insert(figures::seconds(begun.elapsed()));
+        figures
+            .seconds
+            .get_or_insert(figures::seconds(begun.elapsed()));
         let why = match outcome {
             Ok(summary) => {
                 println!("PASS {name}: {summary}");
@@ -130,7 +135,12 @@ fn tour(arguments: &Arguments) -> Result<bool> {
             }
         };
         report.passed &= why.is_none();
-        report.steps.push(StepReport { name, passed: why.is_none(), why, figures });
+        report.steps.push(StepReport {
+            name,
+            passed: why.is_none(),
+            why,
+            figures,
+        });
     }
     if let Some(path) = &arguments.json {
         let text = serde_json::to_vec_pretty(&report)?;

@@ -131,7 +131,8 @@ impl<'a> Mutator<'a> {
             registration.unregister()?;
         }
         let all = self.fire.addrs(&(0..self.fire.pages()));
-        self.registrations.push(self.context.register_addresses(all)?);
+        self.registrations
+            .push(self.context.register_addresses(all)?);
         Ok(())
     }
 
@@ -142,7 +143,11 @@ impl<'a> Mutator<'a> {
         let first = self.fire.checksum(page.clone());
         let second = self.fire.checksum(page);
         self.fire.protect(pages.clone(), true)?;
-        ensure!(first == second, "page {} was written to while read-only", pages.start);
+        ensure!(
+            first == second,
+            "page {} was written to while read-only",
+            pages.start
+        );
         Ok(())
     }
 
@@ -159,11 +164,17 @@ impl<'a> Mutator<'a> {
         let parent = || {
             for page in pages.clone() {
                 *written += 1;
-                fire.store(page * PAGE + 8 * (page % 512), word(page, Writer::Program, *written));
+                fire.store(
+                    page * PAGE + 8 * (page % 512),
+                    word(page, Writer::Program, *written),
+                );
             }
         };
         let same = in_child(child, parent)?;
-        ensure!(same, "the device wrote to pages {pages:?} of a forked child");
+        ensure!(
+            same,
+            "the device wrote to pages {pages:?} of a forked child"
+        );
         Ok(())
     }
 
@@ -182,9 +193,14 @@ impl<'a> Mutator<'a> {
     }
 
     fn exhume(&mut self) -> Result<()> {
-        let Some((grave, sum)) = self.graves.pop_front() else { return Ok(()) };
+        let Some((grave, sum)) = self.graves.pop_front() else {
+            return Ok(());
+        };
         let now = self.graveyard.checksum(grave.clone());
-        ensure!(now == sum, "the device wrote to pages that were moved away from its range");
+        ensure!(
+            now == sum,
+            "the device wrote to pages that were moved away from its range"
+        );
         self.graveyard.unmap(grave)
     }
 

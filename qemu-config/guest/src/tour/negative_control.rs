@@ -59,7 +59,10 @@ pub fn run(
     // Dropped in reverse: registrations, then the context, whose stop takes every page from the
     // device whatever the switch says; only then the switch.
     let ignored = Ignored::new()?;
-    let context = device.context(Options { ring_log2: 7, ..Options::default() })?;
+    let context = device.context(Options {
+        ring_log2: 7,
+        ..Options::default()
+    })?;
     let outcome = take_away(arguments, &context, &fire, &sink, figures);
     drop(context);
     drop(ignored);
@@ -76,8 +79,18 @@ fn take_away(
     let _kept = context.register_addresses(sink.addrs(&(0..SINK_PAGES)))?;
     let shared = Shared::new(PAGES);
     let mut mutator = Mutator::new(fire, context, &shared, arguments.seed)?;
-    let areas = Areas { fire, source: None, sink };
-    let traffic = Traffic::new(areas, context.queue().clone(), &shared, arguments.seed, true);
+    let areas = Areas {
+        fire,
+        source: None,
+        sink,
+    };
+    let traffic = Traffic::new(
+        areas,
+        context.queue().clone(),
+        &shared,
+        arguments.seed,
+        true,
+    );
     let before = context.stats()?;
     let begun = Instant::now();
 
@@ -99,17 +112,29 @@ fn take_away(
 
     let path = format!("{DEBUGFS}/oracle");
     let oracle = std::fs::read_to_string(&path).context(path)?;
-    let records = oracle.lines().filter(|line| line.starts_with("stale access"));
+    let records = oracle
+        .lines()
+        .filter(|line| line.starts_with("stale access"));
     figures.oracle_records = records.take(8).map(str::to_owned).collect();
-    figures.oracle_records.iter().take(3).for_each(|record| println!("  {record}"));
+    figures
+        .oracle_records
+        .iter()
+        .take(3)
+        .for_each(|record| println!("  {record}"));
     println!(
         "  audit: {} of {} translations are wrong; the first: {:#x}, the device has {:#x}, the \
          process {:#x}",
         audit.mismatches, audit.checked, audit.iova, audit.device_gpa, audit.cpu_gpa
     );
-    println!("  words read from pages that were not the process's any more: {}", totals.wrong_words);
+    println!(
+        "  words read from pages that were not the process's any more: {}",
+        totals.wrong_words
+    );
     ensure!(audit.mismatches > 0, "an audit found nothing wrong");
-    ensure!(!figures.oracle_records.is_empty(), "the oracle keeps no record of what it found");
+    ensure!(
+        !figures.oracle_records.is_empty(),
+        "the oracle keeps no record of what it found"
+    );
     let stale = figures.stale_accesses.unwrap_or(0);
     Ok(format!(
         "with the notifier off the oracle found {stale} stale accesses within {:.1} s, and an \
@@ -136,7 +161,11 @@ fn provoke(
     // All pages are with the device before any is taken away.
     shared.calm_round()?;
     for n in 0..OPERATIONS {
-        let kind = if n % 40 == 39 { Kind::Fork } else { KINDS[n % KINDS.len()] };
+        let kind = if n % 40 == 39 {
+            Kind::Fork
+        } else {
+            KINDS[n % KINDS.len()]
+        };
         mutator.step(kind)?;
         if n % 16 == 0 {
             // Lets the device come by.

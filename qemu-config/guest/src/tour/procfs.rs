@@ -51,6 +51,9 @@ mod tests {
         assert_eq!(line_value(text, "VmPin", ':'), Some(8));
         assert_eq!(line_value(text, "VmLck", ':'), None);
         assert_eq!(line_value(text, "Vm", ':'), None);
-        assert_eq!(line_value("pswpin 12\npswpout 13\n", "pswpout", ' '), Some(13));
+        assert_eq!(
+            line_value("pswpin 12\npswpout 13\n", "pswpout", ' '),
+            Some(13)
+        );
     }
 }

@@ -88,7 +88,11 @@ impl Shared {
         if !self.failed.load(Ordering::Acquire) {
             return Ok(());
         }
-        let first = self.first_failure.lock().ok().and_then(|mut first| first.take());
+        let first = self
+            .first_failure
+            .lock()
+            .ok()
+            .and_then(|first| first.clone());
         bail!(first.unwrap_or_else(|| "a thread ended early".to_owned()))
     }
 
@@ -99,7 +103,10 @@ impl Shared {
         let begun = Instant::now();
         while self.calm_done.load(Ordering::Acquire) < wanted {
             self.check()?;
-            ensure!(begun.elapsed() < Duration::from_secs(10), "the device's queue does not move");
+            ensure!(
+                begun.elapsed() < Duration::from_secs(10),
+                "the device's queue does not move"
+            );
             std::thread::sleep(Duration::from_micros(200));
         }
         self.check()
@@ -247,8 +254,16 @@ impl<'a> Traffic<'a> {
             _ => Kind::Fill,
         });
         let (src, dst) = (Iova(0), Iova(0));
-        let mut work =
-            Work { opcode: Opcode::Copy, at, len, src, dst, out: None, sequence: None, calm };
+        let mut work = Work {
+            opcode: Opcode::Copy,
+            at,
+            len,
+            src,
+            dst,
+            out: None,
+            sequence: None,
+            calm,
+        };
         match kind {
             Kind::Out => {
                 let slot = self.submitted % DEPTH * (MAX_PAGES + 1) * PAGE;
@@ -277,15 +292,22 @@ impl<'a> Traffic<'a> {
             src: work.src.0,
             dst: work.dst.0,
             len: work.len as u64,
-            arg: work.sequence.map_or(0, |n| word(at / PAGE, Writer::Fill, n)),
+            arg: work
+                .sequence
+                .map_or(0, |n| word(at / PAGE, Writer::Fill, n)),
             ..Descriptor::default()
         };
-        Ok(Flight { pending: submit(batch, descriptor)?, work })
+        Ok(Flight {
+            pending: submit(batch, descriptor)?,
+            work,
+        })
     }
 
     fn retire_down_to(&mut self, left: usize) -> Result<()> {
         while self.flights.len() > left {
-            let Some(Flight { pending, work }) = self.flights.pop_front() else { break };
+            let Some(Flight { pending, work }) = self.flights.pop_front() else {
+                break;
+            };
             let (completion, ()) = pending.finish()?;
             self.judge(&work, &completion)
                 .with_context(|| format!("{work}: {completion:?}"))?;
@@ -300,7 +322,10 @@ impl<'a> Traffic<'a> {
     fn judge(&mut self, work: &Work, completion: &Completion) -> Result<()> {
         match Status::from_raw(completion.status) {
             Some(Status::Success) => {
-                ensure!(completion.bytes == work.len as u64, "success with bytes missing");
+                ensure!(
+                    completion.bytes == work.len as u64,
+                    "success with bytes missing"
+                );
                 self.totals.completed += 1;
             }
             Some(Status::PageFault) => {
@@ -311,7 +336,9 @@ impl<'a> Traffic<'a> {
             _ => bail!("neither success nor a page fault"),
         }
         self.totals.bytes += completion.bytes;
-        let Some((slot, floors)) = work.out else { return Ok(()) };
+        let Some((slot, floors)) = work.out else {
+            return Ok(());
+        };
         // What was copied before a fault counts as well.
         for offset in (0..completion.bytes as usize & !7).step_by(8) {
             let found = self.areas.sink.load(slot + offset);
@@ -333,10 +360,17 @@ impl<'a> Traffic<'a> {
 
 /// A fault must name an address of the operation, where it had come to, in the area under fire.
 fn check_fault(fire: &Area, work: &Work, completion: &Completion) -> Result<()> {
-    let operand = if completion.fault_write != 0 { work.dst } else { work.src };
+    let operand = if completion.fault_write != 0 {
+        work.dst
+    } else {
+        work.src
+    };
     let next = Iova(operand.0 + completion.bytes);
     let addr = Iova(completion.fault_addr);
-    ensure!(completion.bytes < work.len as u64, "a fault after all was done");
+    ensure!(
+        completion.bytes < work.len as u64,
+        "a fault after all was done"
+    );
     ensure!(
         fire.addrs(&(0..fire.pages())).contains(&addr),
         "a fault at {addr}, outside of the memory that changes"
@@ -350,7 +384,13 @@ fn check_fault(fire: &Area, work: &Work, completion: &Completion) -> Result<()> 
 
 impl std::fmt::Display for Work {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { opcode, src, dst, len, .. } = self;
+        let Self {
+            opcode,
+            src,
+            dst,
+            len,
+            ..
+        } = self;
         write!(f, "{opcode:?} of {len} bytes from {src} to {dst}")
     }
 }

@@ -29,9 +29,15 @@ pub fn run(
     device: &Device<Kernel>,
     figures: &mut Figures,
 ) -> Result<String> {
-    let context = device.context(Options { ring_log2: 7, ..Options::default() })?;
-    let (fire, source, sink) =
-        (Area::fresh(PAGES)?, Area::fresh(PAGES)?, Area::fresh(SINK_PAGES)?);
+    let context = device.context(Options {
+        ring_log2: 7,
+        ..Options::default()
+    })?;
+    let (fire, source, sink) = (
+        Area::fresh(PAGES)?,
+        Area::fresh(PAGES)?,
+        Area::fresh(SINK_PAGES)?,
+    );
     for page in 0..PAGES {
         source.store_all(page..page + 1, word(page, Writer::Copy, 0));
     }
@@ -40,10 +46,19 @@ pub fn run(
         context.register_addresses(sink.addrs(&(0..SINK_PAGES)))?,
     ];
     let shared = Shared::new(PAGES);
-    let areas = Areas { fire: &fire, source: Some(&source), sink: &sink };
+    let areas = Areas {
+        fire: &fire,
+        source: Some(&source),
+        sink: &sink,
+    };
     let mut mutator = Mutator::new(&fire, &context, &shared, arguments.seed)?;
-    let traffic =
-        Traffic::new(areas, context.queue().clone(), &shared, arguments.seed, false);
+    let traffic = Traffic::new(
+        areas,
+        context.queue().clone(),
+        &shared,
+        arguments.seed,
+        false,
+    );
     let before = context.stats()?;
     let begun = Instant::now();
     let canary_pages = AtomicU64::new(0);
@@ -54,7 +69,14 @@ pub fn run(
         scope.spawn(|| {
             canary_pages.store(super::hog::run(&shared, arguments.seed), Ordering::Relaxed);
         });
-        let outcome = change(arguments, &context, &shared, &mut mutator, &mut audits, begun);
+        let outcome = change(
+            arguments,
+            &context,
+            &shared,
+            &mut mutator,
+            &mut audits,
+            begun,
+        );
         shared.stop();
         (outcome, traffic.join().unwrap_or_default())
     });
@@ -81,8 +103,13 @@ fn change(
     audits: &mut (u64, u64),
     begun: Instant,
 ) -> Result<()> {
-    const OTHERS: [Kind; 5] =
-        [Kind::Unmap, Kind::DontNeed, Kind::Protect, Kind::Move, Kind::Replace];
+    const OTHERS: [Kind; 5] = [
+        Kind::Unmap,
+        Kind::DontNeed,
+        Kind::Protect,
+        Kind::Move,
+        Kind::Replace,
+    ];
     let mut random = Random::new(arguments.seed ^ 0x6b1d);
     for n in 0..arguments.operations {
         let kind = match random.below(FORK_EVERY) {
@@ -108,7 +135,11 @@ fn change(
             );
         }
         if (n + 1) % 2500 == 0 {
-            println!("  {} operations on the memory, {:.1} s", n + 1, begun.elapsed().as_secs_f64());
+            println!(
+                "  {} operations on the memory, {:.1} s",
+                n + 1,
+                begun.elapsed().as_secs_f64()
+            );
         }
     }
     shared.calm_round()

@@ -65,7 +65,10 @@ mod tests {
         }
         assert_eq!(check(word(5, Writer::Fill, 77), 5, 77), Err(Wrong::Stale));
         assert_eq!(check(word(5, Writer::Program, 77), 5, 77), Ok(()));
-        assert_eq!(check(word(5, Writer::Fill, 1) | 3 << 30, 5, 0), Err(Wrong::Foreign));
+        assert_eq!(
+            check(word(5, Writer::Fill, 1) | 3 << 30, 5, 0),
+            Err(Wrong::Foreign)
+        );
         assert_eq!(check(0, 5, 99), Ok(()));
     }
 }

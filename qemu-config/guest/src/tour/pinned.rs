@@ -1,0 +1,109 @@
+//! The same work with pinned memory, in a process of its own, which may be killed for it.
+
+use std::io::Read;
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use extlb_driver::{Device, Error, Follow, Kernel, Options};
+use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
+
+use super::procfs;
+
+/// The child's way of saying that it failed as it should.
+const OUT_OF_MEMORY: u8 = 3;
+const PATIENCE: Duration = Duration::from_secs(15);
+/// Registered at once.
+const PIECE_MIB: u64 = 16;
+
+/// Pins memory until it fails; what happened. Fails if it does not fail.
+pub fn must_fail(mib: u64) -> Result<String> {
+    let program = std::env::current_exe().context("the path of this program")?;
+    let mut child = Command::new(program)
+        .args(["pinned-child", &mib.to_string()])
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot start a child")?;
+    let mut most = 0;
+    let begun = Instant::now();
+    let status = loop {
+        if let Some(status) = child.try_wait()? {
+            break status;
+        }
+        if begun.elapsed() > PATIENCE {
+            child.kill()?;
+            child.wait()?;
+            bail!(
+                "pinning neither failed nor ended within {} s",
+                PATIENCE.as_secs()
+            );
+        }
+        let pinned = procfs::status_kib_of(&child.id().to_string(), "VmPin");
+        most = pinned.unwrap_or(0).max(most);
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    let mut said = String::new();
+    if let Some(mut output) = child.stdout.take() {
+        output.read_to_string(&mut said)?;
+    }
+    let said = said.trim();
+    match (status.code(), status.signal()) {
+        (Some(code), _) if code == i32::from(OUT_OF_MEMORY) => Ok(said.to_owned()),
+        // The kernel's own verdict: the child told it that it is the one to go.
+        (None, Some(nix::libc::SIGKILL)) => Ok(format!(
+            "killed for lack of memory with {} MiB pinned",
+            most >> 10
+        )),
+        (Some(0), _) => bail!("{mib} MiB were pinned: the guest has too much memory for this step"),
+        _ => bail!("the child ended with {status}: {said}"),
+    }
+}
+
+/// The child.
+pub fn child(mib: u64) -> ExitCode {
+    match pin(mib) {
+        Ok(None) => ExitCode::SUCCESS,
+        Ok(Some(said)) => {
+            println!("{said}");
+            ExitCode::from(OUT_OF_MEMORY)
+        }
+        Err(error) => {
+            println!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn pin(mib: u64) -> Result<Option<String>> {
+    // If somebody has to die for it, it is this process.
+    std::fs::write("/proc/self/oom_score_adj", "1000").context("oom_score_adj")?;
+    setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY).context("RLIMIT_MEMLOCK")?;
+    let device = Device::open(Kernel::new())?;
+    let context = device.context(Options {
+        follow: Follow::PINNED,
+        ..Options::default()
+    })?;
+    let mut pieces = Vec::new();
+    while (pieces.len() as u64) * PIECE_MIB < mib {
+        let mapping = device.map_anonymous((PIECE_MIB << 20) as usize)?;
+        match context.register(mapping) {
+            Ok(piece) => pieces.push(piece),
+            Err(refused) => {
+                let Error::Call { call, errno } = &refused.error else {
+                    return Err(refused.error.into());
+                };
+                ensure!(
+                    *errno == nix::errno::Errno::ENOMEM,
+                    "{call} failed with {errno}"
+                );
+                return Ok(Some(format!(
+                    "{call} fails with {errno} after {} MiB of {mib} MiB (VmPin {} KiB)",
+                    pieces.len() as u64 * PIECE_MIB,
+                    procfs::status_kib("VmPin")?
+                )));
+            }
+        }
+    }
+    Ok(None)
+}
