@@ -166,7 +166,7 @@ static int check_create(const struct extlb_create *arg)
 {
 	u64 bytes;
 
-	if (arg->context || arg->reserved0 || arg->reserved1)
+	if (arg->reserved0 || arg->reserved1)
 		return -EINVAL;
 	if (arg->flags & ~(EXTLB_CREATE_FOLLOW_PTE | EXTLB_CREATE_FOLLOW_PINNED))
 		return -EINVAL;

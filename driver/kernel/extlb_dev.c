@@ -12,11 +12,6 @@
 
 #include "extlb.h"
 
-/* Bit of an audit's flags: what is found now is stale. */
-#ifndef EXTLB_AUDIT_FINAL
-#define EXTLB_AUDIT_FINAL	BIT(0)
-#endif
-
 #define AUDIT_TRIES	20
 #define AUDIT_WAIT_MS	10
 
@@ -110,7 +105,7 @@ static int audit_once(struct extlb_ctx *ctx, bool final,
 		(void *)&dev->shadow->wait[EXTLB_WAIT_AUDIT];
 	struct extlb_command command = {
 		.kind = EXTLB_COMMAND_KIND_AUDIT,
-		.flags = final ? EXTLB_AUDIT_FINAL : 0,
+		.flags = final ? EXTLB_AUDIT_FLAG_FINAL : 0,
 		.context = ctx->index,
 		.addr = dev->shadow_dma + offsetof(struct extlb_kernel_shadow,
 						   wait[EXTLB_WAIT_AUDIT]),
@@ -128,9 +123,6 @@ static int audit(struct extlb_ctx *ctx, struct extlb_audit *arg)
 	struct extlb_audit_result result;
 	int tries, ret, i;
 
-	if (arg->checked || arg->mismatches || arg->iova || arg->device_gpa ||
-	    arg->cpu_gpa)
-		return -EINVAL;
 	for (i = 0; i < ARRAY_SIZE(arg->reserved); i++) {
 		if (arg->reserved[i])
 			return -EINVAL;

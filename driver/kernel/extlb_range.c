@@ -77,7 +77,7 @@ void extlb_range_forget(struct extlb_range *range, unsigned long start,
 
 static int check_register(const struct extlb_register *arg)
 {
-	if (arg->flags || arg->handle || arg->reserved0)
+	if (arg->flags || arg->reserved0)
 		return -EINVAL;
 	if (!arg->len || !PAGE_ALIGNED(arg->addr) || !PAGE_ALIGNED(arg->len))
 		return -EINVAL;
