@@ -53,6 +53,8 @@ pub mod server;
 mod shootdown;
 mod sync;
 mod tlb;
+#[cfg(test)]
+mod tlb_tests; // apart, as tests/loom.rs includes tlb.rs
 mod walk;
 
 pub use config::{Config, ConfigError};

@@ -261,6 +261,3 @@ impl Tlb {
         entries.filter(|e| e.context == context).collect()
     }
 }
-
-#[cfg(test)]
-mod tests;
