@@ -15,7 +15,7 @@ use crate::walk::leaves;
 /// that runs here, but one that points at itself.
 const MAX_TABLES: u64 = 1 << 16;
 /// Translations that an audit compares at most, for the same reason: the queue waits meanwhile.
-const MAX_CHECKS: u64 = 1 << 24;
+const MAX_CHECKS: u64 = 1 << 22;
 
 impl Device {
     /// Compares, and writes the result at `addr`; `last`: differences are stale accesses.
