@@ -35,7 +35,7 @@ pub(crate) struct Space {
 impl Space {
     /// Checks an entry with the valid flag.
     pub(crate) fn parse(context: u32, entry: &ContextEntry) -> Result<Self, ContextError> {
-        let page = |addr: u64| addr % PAGE_SIZE == 0 && addr < 1 << GPA_BITS;
+        let page = |addr: u64| addr.is_multiple_of(PAGE_SIZE) && addr < 1 << GPA_BITS;
         let log2 = MIN_WORK_RING_LOG2..=MAX_WORK_RING_LOG2;
         let oracle = entry.flags & flags::ORACLE != 0;
         let good = entry.flags & !flags::ALL == 0
@@ -45,7 +45,7 @@ impl Space {
             && page(entry.shadow)
             && (!oracle || page(entry.cpu_page_table))
             && log2.contains(&entry.ring_log2)
-            && entry.ring % PAGE_SIZE == 0
+            && entry.ring.is_multiple_of(PAGE_SIZE)
             && Iova(entry.ring).range_is_valid((Descriptor::SIZE as u64) << entry.ring_log2)
             && entry.credits > 0;
         if !good {

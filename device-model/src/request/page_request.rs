@@ -138,11 +138,9 @@ impl Device {
     /// Sends the requests of an operation that were not sent yet, as far as credits and the
     /// ring allow. The context is run again when a response comes, or room.
     pub(super) fn request_pages(&self, context: &Context, space: &Space, work: &mut Work) {
-        let mut in_flight = lock(&context.waiting).len();
-        for miss in work.misses.iter_mut().filter(|m| m.group.is_none()) {
-            if in_flight >= space.credits as usize {
-                return;
-            }
+        let credits = (space.credits as usize).saturating_sub(lock(&context.waiting).len());
+        let unsent = work.misses.iter_mut().filter(|m| m.group.is_none());
+        for miss in unsent.take(credits) {
             let group = {
                 let mut next = lock(&context.next_group);
                 *next = next.wrapping_add(1);
@@ -174,7 +172,6 @@ impl Device {
                 return;
             }
             miss.group = Some(group);
-            in_flight += 1;
             self.counters.page_requests.add(1);
         }
     }

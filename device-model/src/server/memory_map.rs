@@ -48,7 +48,7 @@ impl Piece {
 impl MemoryMap {
     /// Adds a range; where it overlaps others, it takes their place.
     pub(super) fn map(&mut self, at: u64, len: u64, file: File, offset: u64) -> io::Result<()> {
-        let aligned = (at | len | offset) % PAGE_SIZE == 0 && len > 0;
+        let aligned = (at | len | offset).is_multiple_of(PAGE_SIZE) && len > 0;
         let end = at.checked_add(len).filter(|end| *end <= 1 << GPA_BITS);
         let (true, Some(end)) = (aligned, end) else {
             return Err(invalid("a range of guest memory must be whole pages"));
