@@ -96,8 +96,12 @@ impl Watcher {
     }
 
     /// The last lines, for a guest that died without a word.
-    pub fn last_lines(&self) -> Vec<String> {
-        self.kept.iter().cloned().collect()
+    pub fn last_lines(&self, count: usize) -> Vec<String> {
+        self.kept
+            .iter()
+            .skip(self.kept.len().saturating_sub(count))
+            .cloned()
+            .collect()
     }
 
     fn end_line(&mut self) {

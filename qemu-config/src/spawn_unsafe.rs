@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-use nix::sys::signal::Signal;
+use nix::sys::signal::{SigSet, Signal};
 
 /// Makes the kernel kill the child when the thread that starts it ends, however it ends: nothing is
 /// left behind by a rig that is killed.
@@ -15,6 +15,8 @@ pub fn dies_with_us(command: &mut Command) -> &mut Command {
     let us = std::process::id();
     let prepare = move || -> io::Result<()> {
         nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
+        // The rig blocks the signals that it waits for; the child is to take them as usual.
+        SigSet::empty().thread_set_mask()?;
         // If the rig ended before the call above, nobody will send the signal any more. (Zero: the
         // parent is outside the child's process namespace.)
         let parent = nix::unistd::getppid().as_raw() as u32;
@@ -24,6 +26,6 @@ pub fn dies_with_us(command: &mut Command) -> &mut Command {
         Ok(())
     };
     // SAFETY: the closure runs between fork and exec, where only async-signal-safe work is allowed:
-    // it makes two system calls and allocates nothing (an error is built from a number).
+    // it makes a few system calls and allocates nothing (an error is built from a number).
     unsafe { command.pre_exec(prepare) }
 }

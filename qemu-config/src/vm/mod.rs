@@ -44,6 +44,9 @@ const DEVICE_START: Duration = Duration::from_secs(20);
 /// The guest has to switch off within this time, or it is ended.
 const SHUTDOWN: Duration = Duration::from_secs(20);
 
+/// Lines of the console that are shown for a death without a report.
+const SHOWN_CONSOLE: usize = 15;
+
 /// Names in the run folder. Children work in it and use these relative names, because a socket's
 /// path may have only 108 bytes.
 const DEVICE_SOCKET: &str = "device.sock";
@@ -294,7 +297,7 @@ impl Vm {
         let (stale_accesses, device_summary) = read_report(&self.folder.path().join(DEVICE_REPORT));
         let mut console = self.console.lock().unwrap_or_else(PoisonError::into_inner);
         console.finish();
-        let mut last_words = console.last_lines();
+        let mut last_words = console.last_lines(SHOWN_CONSOLE);
         for log in [QEMU_LOG, DEVICE_LOG] {
             let text = fs::read(self.folder.path().join(log)).unwrap_or_default();
             let text = last_lines(&String::from_utf8_lossy(&text), 20);
