@@ -191,6 +191,24 @@ static int ignore_get(void *data, u64 *value)
 	return 0;
 }
 
+/* The device asks for what it needs again, and gets what is there now. */
+static void take_all_pages_back(struct extlb_dev *dev)
+{
+	struct extlb_ctx *ctx;
+	u32 i;
+
+	for (i = 0; i < dev->contexts; i++) {
+		ctx = extlb_ctx_get(dev, i);
+		if (!ctx)
+			continue;
+		mutex_lock(&ctx->lock);
+		if (ctx->state == EXTLB_CTX_LIVE && !ctx->pinned)
+			extlb_pt_shoot_down(ctx, 0, EXTLB_IOVA_END, true);
+		mutex_unlock(&ctx->lock);
+		extlb_ctx_put(ctx);
+	}
+}
+
 static int ignore_set(void *data, u64 value)
 {
 	struct extlb_dev *dev = data;
@@ -201,6 +219,8 @@ static int ignore_set(void *data, u64 value)
 		dev_warn(&dev->pdev->dev,
 			 "the device keeps pages that the kernel takes back: memory will be corrupted\n");
 	WRITE_ONCE(dev->ignore_notifier, value);
+	if (!value)
+		take_all_pages_back(dev);
 	return 0;
 }
 DEFINE_DEBUGFS_ATTRIBUTE(ignore_fops, ignore_get, ignore_set, "%llu\n");
@@ -215,8 +235,7 @@ void extlb_debugfs_add(struct extlb_dev *dev)
 	debugfs_create_file("shootdown_latency", 0400, dir, dev,
 			    &shootdown_latency_fops);
 	debugfs_create_file("contexts", 0400, dir, dev, &contexts_fops);
-	debugfs_create_file_unsafe("ignore_notifier", 0600, dir, dev,
-				   &ignore_fops);
+	debugfs_create_file("ignore_notifier", 0600, dir, dev, &ignore_fops);
 }
 
 /* Waits for readers. */
