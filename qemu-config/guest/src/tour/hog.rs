@@ -13,6 +13,8 @@ use super::traffic::Shared;
 
 /// Pages at once, at most.
 const PAGES: usize = 192;
+/// Bytes from one canary to the next: smaller than nearly all that the device writes at once.
+const STRIDE: usize = 64;
 const CANARY: u64 = 0xc0ff_ee00_dead_beef;
 
 /// Goes on until the traffic stops; the number of pages that were held.
@@ -35,10 +37,10 @@ fn go_on(shared: &Shared, seed: u64) -> Result<u64> {
         let pages = 16 + random.below(PAGES as u64 - 15) as usize;
         let salt = random.next();
         area.map(0..pages)?;
-        let words = || (0..pages * PAGE).step_by(8);
+        let words = || (0..pages * PAGE).step_by(STRIDE);
         let canary = |at: usize| CANARY ^ salt ^ at as u64;
         words().for_each(|at| area.store(at, canary(at)));
-        std::thread::sleep(Duration::from_millis(1 + random.below(3)));
+        std::thread::sleep(Duration::from_millis(2 + random.below(4)));
         if let Some(at) = words().find(|at| area.load(*at) != canary(*at)) {
             bail!(
                 "a page of somebody else was written to: {:#x} instead of {:#x} at offset {at:#x}",

@@ -60,7 +60,7 @@ enum Other {
         #[arg(long)]
         seconds: Option<u64>,
     },
-    /// Part of the step memory-pressure: pin memory until it fails
+    /// Part of the step memory-pressure: pin memory, which must fail
     #[command(hide = true)]
     PinnedChild {
         /// MiB to pin

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use extlb_driver::{Context, Kernel, Registration};
@@ -61,7 +62,8 @@ pub struct Mutator<'a> {
     graves: VecDeque<(Range<usize>, u64)>,
     next_grave: usize,
     written: u64,
-    pub counts: BTreeMap<&'static str, u64>,
+    /// How often, and how long in all.
+    pub counts: BTreeMap<&'static str, (u64, Duration)>,
 }
 
 impl<'a> Mutator<'a> {
@@ -91,6 +93,7 @@ impl<'a> Mutator<'a> {
         let len = 1 + self.random.below(MAX_PAGES as u64) as usize;
         let start = self.random.below((self.fire.pages() - len + 1) as u64) as usize;
         let pages = start..start + len;
+        let begun = Instant::now();
         let before = self.shared.before_wiping();
         match kind {
             Kind::Unmap => {
@@ -114,7 +117,9 @@ impl<'a> Mutator<'a> {
         if !matches!(kind, Kind::Protect | Kind::Fork) {
             self.shared.wiped(pages, before);
         }
-        *self.counts.entry(kind.name()).or_default() += 1;
+        let (count, time) = self.counts.entry(kind.name()).or_default();
+        *count += 1;
+        *time += begun.elapsed();
         self.shared.check()
     }
 
@@ -205,13 +210,13 @@ impl<'a> Mutator<'a> {
     }
 
     /// Checks what was moved away, and takes the area back from the device.
-    pub fn finish(mut self) -> Result<BTreeMap<&'static str, u64>> {
+    pub fn finish(mut self) -> Result<()> {
         while !self.graves.is_empty() {
             self.exhume()?;
         }
         for registration in self.registrations.drain(..) {
             registration.unregister()?;
         }
-        Ok(std::mem::take(&mut self.counts))
+        Ok(())
     }
 }

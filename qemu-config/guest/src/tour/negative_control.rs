@@ -105,7 +105,11 @@ fn take_away(
     figures.take_stats(&before, &context.stats()?);
     figures.bytes = Some(totals.bytes);
     figures.words_verified = Some(totals.words);
-    figures.mutations = mutator.counts.clone();
+    figures.mutations = mutator
+        .counts
+        .iter()
+        .map(|(kind, (count, _))| (*kind, *count))
+        .collect();
     figures.audit_mismatches = Some(audit.mismatches);
     outcome?;
     shared.check()?;

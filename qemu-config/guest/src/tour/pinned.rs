@@ -14,10 +14,8 @@ use super::procfs;
 /// The child's way of saying that it failed as it should.
 const OUT_OF_MEMORY: u8 = 3;
 const PATIENCE: Duration = Duration::from_secs(15);
-/// Registered at once.
-const PIECE_MIB: u64 = 16;
 
-/// Pins memory until it fails; what happened. Fails if it does not fail.
+/// Registers so much memory, pinned; what happened. Fails if it does not fail.
 pub fn must_fail(mib: u64) -> Result<String> {
     let program = std::env::current_exe().context("the path of this program")?;
     let mut child = Command::new(program)
@@ -84,26 +82,16 @@ fn pin(mib: u64) -> Result<Option<String>> {
         follow: Follow::PINNED,
         ..Options::default()
     })?;
-    let mut pieces = Vec::new();
-    while (pieces.len() as u64) * PIECE_MIB < mib {
-        let mapping = device.map_anonymous((PIECE_MIB << 20) as usize)?;
-        match context.register(mapping) {
-            Ok(piece) => pieces.push(piece),
-            Err(refused) => {
-                let Error::Call { call, errno } = &refused.error else {
-                    return Err(refused.error.into());
-                };
-                ensure!(
-                    *errno == nix::errno::Errno::ENOMEM,
-                    "{call} failed with {errno}"
-                );
-                return Ok(Some(format!(
-                    "{call} fails with {errno} after {} MiB of {mib} MiB (VmPin {} KiB)",
-                    pieces.len() as u64 * PIECE_MIB,
-                    procfs::status_kib("VmPin")?
-                )));
-            }
-        }
-    }
-    Ok(None)
+    let mapping = device.map_anonymous(usize::try_from(mib)? << 20)?;
+    let Err(refused) = context.register(mapping) else {
+        return Ok(None);
+    };
+    let Error::Call { call, errno } = &refused.error else {
+        return Err(refused.error.into());
+    };
+    ensure!(
+        *errno == nix::errno::Errno::ENOMEM,
+        "{call} failed with {errno}"
+    );
+    Ok(Some(format!("{call} of {mib} MiB fails with {errno}")))
 }
