@@ -99,17 +99,18 @@ void extlb_follow_unregister(struct extlb_range *range)
 }
 
 /*
- * Under the page table lock. Return: 0, -ENXIO if it is over, or -ESTALE if the
- * table was pruned since it was prepared.
+ * Under the page table lock. Return: 0, -ENXIO if it is over, -ESTALE if the
+ * table was pruned since it was prepared, or -EIO if the rule is broken.
  */
 static int extlb_install(struct pte_notifier *pn, unsigned long addr,
 			 unsigned long pfn, bool writable, void *priv)
 {
 	struct extlb_range *range = to_range(pn);
 	struct extlb_ctx *ctx = range->ctx;
+	bool again = false;
 	u64 *leaf, old;
 
-again:
+retry:
 	spin_lock(&ctx->pt_lock);
 	if (ctx->closing || range->closing) {
 		spin_unlock(&ctx->pt_lock);
@@ -126,8 +127,12 @@ again:
 	    (old & EXTLB_PTE_ADDR_MASK) != PFN_PHYS(pfn)) {
 		/* clear() has not come yet for the page that was here. */
 		spin_unlock(&ctx->pt_lock);
+		/* The page table lock keeps out who might install another. */
+		if (WARN_ON_ONCE(again))
+			return -EIO;
 		extlb_pt_shoot_down(ctx, addr, addr + PAGE_SIZE, false);
-		goto again;
+		again = true;
+		goto retry;
 	}
 	if (!(old & EXTLB_PTE_PRESENT) ||
 	    (writable && !(old & EXTLB_PTE_WRITE)))
