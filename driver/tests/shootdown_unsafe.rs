@@ -279,7 +279,7 @@ fn taken_memory_is_never_touched() {
                 }
                 _ => watched.take(machine.replace(range(piece.clone())).unwrap()),
             }
-            if n % 100 == 0 {
+            if n.is_multiple_of(100) {
                 for context in &contexts {
                     let audit = context.audit().unwrap();
                     assert_eq!(audit.mismatches, 0, "{audit:?}");

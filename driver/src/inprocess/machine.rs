@@ -126,7 +126,7 @@ impl Interrupts for Events {
 impl Machine {
     /// Boots: lays out RAM, starts the device and the thread that serves page requests.
     pub(super) fn start(config: MachineConfig) -> Result<Arc<Self>> {
-        if config.ram == 0 || config.ram % PAGE_SIZE != 0 || config.ram > MAX_RAM {
+        if config.ram == 0 || !config.ram.is_multiple_of(PAGE_SIZE) || config.ram > MAX_RAM {
             return Err(Error::Argument("RAM must be whole pages, at most 4 GiB"));
         }
         let (file, ram) = MemoryFile::new(config.ram)?;

@@ -170,11 +170,11 @@ fn copy_and_sum(
             copying.push_back(queue.copy(src.slice(at..end), piece)?);
             at = end;
         }
-        if copying.len() == DEPTH || !more {
-            if let Some(copy) = copying.pop_front() {
-                let ((), (src, dst)) = copy.finish()?;
-                summing.push_back((queue.crc32c(src, 0)?, queue.crc32c(dst, 0)?));
-            }
+        if (copying.len() == DEPTH || !more)
+            && let Some(copy) = copying.pop_front()
+        {
+            let ((), (src, dst)) = copy.finish()?;
+            summing.push_back((queue.crc32c(src, 0)?, queue.crc32c(dst, 0)?));
         }
         if summing.len() == DEPTH || copying.is_empty() && !more {
             let Some((src, dst)) = summing.pop_front() else {

@@ -41,7 +41,7 @@ pub fn run(seconds: Option<u64>) -> Result<()> {
     let stats = context.stats()?;
     println!(
         "extlb-tour: {} MiB copied in {:.1} s, {} page requests, {} shootdowns, {} stale accesses",
-        rounds * (ROUND * LEN >> 20) as u64,
+        rounds * ((ROUND * LEN) >> 20) as u64,
         begun.elapsed().as_secs_f64(),
         stats.page_requests,
         stats.shootdowns,

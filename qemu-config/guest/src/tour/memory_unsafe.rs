@@ -150,14 +150,14 @@ impl Area {
 
     /// Reads a word at `offset`, a multiple of 8.
     pub fn load(&self, offset: usize) -> u64 {
-        assert!(offset % 8 == 0 && offset + 8 <= self.pages * PAGE);
+        assert!(offset.is_multiple_of(8) && offset + 8 <= self.pages * PAGE);
         // SAFETY: aligned and within the area.
         unsafe { self.start.add(offset).cast::<u64>().read_volatile() }
     }
 
     /// Writes a word at `offset`, a multiple of 8.
     pub fn store(&self, offset: usize, word: u64) {
-        assert!(offset % 8 == 0 && offset + 8 <= self.pages * PAGE);
+        assert!(offset.is_multiple_of(8) && offset + 8 <= self.pages * PAGE);
         // SAFETY: aligned and within the area; no Rust object is there.
         unsafe { self.start.add(offset).cast::<u64>().write_volatile(word) }
     }
