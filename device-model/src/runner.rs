@@ -15,6 +15,8 @@ use crate::{Device, Step};
 
 /// How long the thread that delivers a kick serves the queue before it hands over.
 const INLINE: Duration = Duration::from_millis(1);
+/// How often to look for deadlines of the oracle that came up since the last look.
+const LOOK: Duration = Duration::from_millis(500);
 /// Polls in a row that an engine makes before it lets others run in between.
 const SPINS: u32 = 64;
 
@@ -67,9 +69,6 @@ impl Wake for Bell {
                 self.ring_invalidation();
                 return;
             }
-        }
-        if device.next_deadline().is_some() {
-            self.ring_invalidation();
         }
     }
 }
@@ -161,20 +160,13 @@ fn invalidation(device: &Device, bell: &Bell) {
                 while !state.invalidation && !state.stop {
                     let left = device
                         .next_deadline()
-                        .map(|deadline| deadline.saturating_sub(device.now()));
-                    let Some(left) = left else {
-                        state = bell
-                            .invalidation
-                            .wait(state)
-                            .unwrap_or_else(std::sync::PoisonError::into_inner);
-                        continue;
-                    };
+                        .map_or(LOOK, |deadline| deadline.saturating_sub(device.now()));
                     if left.is_zero() {
                         break;
                     }
                     state = bell
                         .invalidation
-                        .wait_timeout(state, left)
+                        .wait_timeout(state, left.min(LOOK))
                         .unwrap_or_else(std::sync::PoisonError::into_inner)
                         .0;
                 }

@@ -99,20 +99,20 @@ impl Suspects {
     /// Takes note of a difference.
     pub(crate) fn accuse(&mut self, context: u32, suspect: Suspect) -> Verdict {
         let used = &suspect.used;
-        if self.done.iter().any(|a| a.answers_for(context, used)) {
-            return Verdict::Survived;
-        }
         let key = (context, used.iova.page(), used.fill, used.write);
         if self.open.contains_key(&key) {
             return Verdict::Known;
         }
-        // `order` holds closed ones for up to the bound: they count, or it would grow.
-        if self.order.len() >= self.capacity {
+        if self.done.iter().any(|a| a.answers_for(context, used)) {
+            return Verdict::Survived;
+        }
+        if self.open.len() >= self.capacity {
+            return Verdict::Overflow;
+        }
+        // `order` also holds closed ones, until their time; half of it at least goes here.
+        if self.order.len() >= 2 * self.capacity {
             let open = &self.open;
             self.order.retain(|(_, key)| open.contains_key(key));
-        }
-        if self.order.len() >= self.capacity {
-            return Verdict::Overflow;
         }
         self.order.push_back((suspect.since, key));
         self.open.insert(key, suspect);
