@@ -247,10 +247,10 @@ mod tests {
                 .iter()
                 .all(|report| report.lines.len() <= REPORT_LINES)
         );
-        assert_eq!(watcher.last_lines().len(), KEPT_LINES);
+        assert_eq!(watcher.last_lines(1000).len(), KEPT_LINES);
         assert!(
             watcher
-                .last_lines()
+                .last_lines(1000)
                 .iter()
                 .all(|line| line.len() <= LINE_BYTES)
         );

@@ -44,14 +44,14 @@ pub fn serve(arguments: &Arguments) -> Result<i32> {
     })?;
     // Only now can a client connect: who reads this line may go on.
     let socket = fs::canonicalize(&arguments.socket)?;
-    println!(
-        "listening on {}; to attach the device to QEMU, give it:",
-        socket.display()
-    );
-    println!(
-        "  {}",
-        quoted(&device_arguments(&socket, arguments.memory.0)?)
-    );
+    println!("listening on {}", socket.display());
+    if !arguments.once {
+        println!("To attach the device, start QEMU (10.1.1 or newer) with:");
+        println!(
+            "  {}",
+            quoted(&device_arguments(&socket, arguments.memory.0)?)
+        );
+    }
     server.serve()?;
     Ok(0)
 }

@@ -23,6 +23,9 @@ pub use make::missing_tools;
 /// Raised when the way of building changes.
 const RECIPE: &str = "1";
 
+/// Left packed: a third of the source, descriptions of hardware that this kernel is not for.
+const LEFT_OUT: [&str; 2] = ["*/arch/*/boot/dts/*", "*/drivers/gpu/drm/amd/include/*"];
+
 /// Which configuration the kernel is built with.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Flavour {
@@ -260,7 +263,8 @@ fn unpack(toolbox: &Toolbox, archive: &Path, to: &Path, log: &Path) -> Result<()
         "--no-same-owner",
         "--directory",
     ])
-    .arg(to);
+    .arg(to)
+    .args(LEFT_OUT.map(|pattern| format!("--exclude={pattern}")));
     tar.stdin(stdout)
         .stdout(Stdio::null())
         .stderr(fs::File::create(log)?);

@@ -44,6 +44,9 @@ const DEVICE_START: Duration = Duration::from_secs(20);
 /// The guest has to switch off within this time, or it is ended.
 const SHUTDOWN: Duration = Duration::from_secs(20);
 
+/// What the device server is given to end after a run that has failed anyway.
+const DEVICE_END: Duration = Duration::from_secs(3);
+
 /// Lines of the console that are shown for a death without a report.
 const SHOWN_CONSOLE: usize = 15;
 
@@ -280,7 +283,8 @@ impl Vm {
         let _ = self.qemu.wait();
         if let Some(device) = &mut self.device {
             // It has seen its client go; it writes its summary and ends.
-            if !wait_for(device, SHUTDOWN) && orderly {
+            let limit = if orderly { SHUTDOWN } else { DEVICE_END };
+            if !wait_for(device, limit) && orderly {
                 end = End::Died("the device process did not end with its client".to_owned());
             }
             let _ = device.kill();
