@@ -20,10 +20,15 @@
 
 #include "extlb.h"
 
-static unsigned int ack_timeout_ms = 2000;
+/*
+ * Far beyond what any device needs, but a device that is a process on a busy
+ * host may have to wait for a processor; and below the 20 s after which the
+ * kernel calls a CPU that waits here locked up.
+ */
+static unsigned int ack_timeout_ms = 10000;
 module_param(ack_timeout_ms, uint, 0644);
 MODULE_PARM_DESC(ack_timeout_ms,
-		 "Time the device has to acknowledge an invalidation before it is fenced off, 10 to 60000 (default 2000)");
+		 "Time the device has to acknowledge an invalidation before it is fenced off, 10 to 60000 (default 10000)");
 
 /* Spins before a waiter that may sleep does so. */
 #define SPINS_BEFORE_SLEEP	2000
