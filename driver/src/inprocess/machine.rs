@@ -21,6 +21,7 @@ use extlb_spec::uapi::Audit;
 use extlb_spec::{Gpa, Iova, MAX_CONTEXTS, PAGE_SIZE, Vector, histogram, regs};
 use nix::errno::Errno;
 
+use super::bus::Bus;
 use super::frames::Frames;
 use super::hardware::{Hardware, Layout};
 use super::ram_unsafe::{MemoryFile, RAM_BASE};
@@ -138,7 +139,7 @@ impl Machine {
             shadow: frames.take()?,
         };
         let events = Arc::new(Events::default());
-        let memory = Arc::new(ram.clone());
+        let memory = Arc::new(Bus::new(ram.clone(), config.bus_delay));
         let hardware = Hardware::start(config.device, memory, events.clone(), &layout)?;
         let machine = Arc::new(Self {
             space: Mutex::new(Space::new(&ram, frames)?),

@@ -9,6 +9,7 @@
 //! path of a shootdown can be raced by tests: [`InProcess::map`] and what follows it.
 
 mod backing_unsafe;
+mod bus;
 mod frames;
 mod hardware;
 mod machine;
@@ -23,6 +24,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard};
+use std::time::Duration;
 
 use extlb_device::ports::Dma as _;
 use extlb_spec::uapi::{self, Info};
@@ -50,6 +52,9 @@ pub struct MachineConfig {
     pub seed: u64,
     /// The device.
     pub device: extlb_device::Config,
+    /// How long the device's bus takes for a piece of data. Long times make accesses that are
+    /// under way when memory is taken back a matter of course instead of a rare coincidence.
+    pub bus_delay: Duration,
 }
 
 impl Default for MachineConfig {
@@ -58,6 +63,7 @@ impl Default for MachineConfig {
             ram: 64 << 20,
             seed: 1,
             device: extlb_device::Config::default(),
+            bus_delay: Duration::ZERO,
         }
     }
 }

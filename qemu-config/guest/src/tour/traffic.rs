@@ -44,6 +44,8 @@ pub struct Shared {
     failed: AtomicBool,
     /// All fills up to this one have ended.
     fills_ended: AtomicU64,
+    /// Operations that have ended.
+    ended: AtomicU64,
     /// For each page: fills up to this one were wiped out.
     floors: Vec<AtomicU64>,
     first_failure: Mutex<Option<String>>,
@@ -58,9 +60,15 @@ impl Shared {
             calm_done: AtomicU64::new(0),
             failed: AtomicBool::new(false),
             fills_ended: AtomicU64::new(0),
+            ended: AtomicU64::new(0),
             floors: (0..pages).map(|_| AtomicU64::new(0)).collect(),
             first_failure: Mutex::new(None),
         }
+    }
+
+    /// Operations of the device that have ended so far.
+    pub fn ended(&self) -> u64 {
+        self.ended.load(Ordering::Relaxed)
     }
 
     /// To be taken before pages are replaced by fresh ones, and given to [`Shared::wiped`] after.
@@ -311,6 +319,7 @@ impl<'a> Traffic<'a> {
             let (completion, ()) = pending.finish()?;
             self.judge(&work, &completion)
                 .with_context(|| format!("{work}: {completion:?}"))?;
+            self.shared.ended.fetch_add(1, Ordering::Relaxed);
             if let Some(sequence) = work.sequence {
                 // Operations end in order.
                 self.shared.fills_ended.store(sequence, Ordering::Release);

@@ -124,13 +124,16 @@ fn change(
         Kind::Move,
     ];
     let mut random = Random::new(arguments.seed ^ 0x6b1d);
-    for n in 0..arguments.operations {
+    let mut n = 0;
+    // As many operations of the device, too, however slowly they go.
+    while n < arguments.operations || shared.ended() < arguments.operations {
+        n += 1;
         let kind = match random.below(FORK_EVERY) {
             0 => Kind::Fork,
             _ => OTHERS[random.below(OTHERS.len() as u64) as usize],
         };
         mutator.step(kind)?;
-        if (n + 1) % BURST == 0 {
+        if n % BURST == 0 {
             // Nobody changes the memory now: operations succeed in whole, and what the device
             // has is what the process has.
             shared.calm_round()?;
@@ -147,10 +150,10 @@ fn change(
                 audit.cpu_gpa
             );
         }
-        if (n + 1) % 2500 == 0 {
+        if n % 2500 == 0 {
             println!(
-                "  {} operations on the memory, {:.1} s",
-                n + 1,
+                "  {n} operations on the memory, {} of the device, {:.1} s",
+                shared.ended(),
                 begun.elapsed().as_secs_f64()
             );
         }
@@ -178,9 +181,10 @@ fn conclude(arguments: &Arguments, figures: &Figures, totals: &Totals) -> Result
         "only {shootdowns} shootdowns in {} operations: the device was hardly involved",
         arguments.operations
     );
+    let mutations: u64 = figures.mutations.values().sum();
     Ok(format!(
-        "{} operations on the memory, {shootdowns} shootdowns, {} operations of the device \
+        "{mutations} operations on the memory, {shootdowns} shootdowns, {} operations of the device \
          completed and {} faulted, 0 stale accesses",
-        arguments.operations, totals.completed, totals.faulted
+        totals.completed, totals.faulted
     ))
 }
