@@ -34,7 +34,7 @@ fn noise(len: usize, seed: u64) -> Vec<u8> {
 const MAX: usize = 40_000;
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 60, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 256, ..ProptestConfig::default() })]
 
     /// Any offsets and lengths: what is meant is done, and nothing beside it.
     #[test]

@@ -150,11 +150,16 @@ fn a_replaced_page_is_fresh_and_the_old_one_is_left_alone() {
     let mut bytes = [0; 8];
     machine.peek(old[0], &mut bytes).unwrap();
     assert_eq!(bytes, [0xff; 8]);
-    machine.free(old).unwrap();
+    assert!(
+        machine.peek(Gpa(old[0].0 + 4092), &mut bytes).is_err(),
+        "over the end"
+    );
     assert!(
         machine.peek(Gpa(1 << 32), &mut bytes).is_err(),
         "the kernel's own frame"
     );
+    machine.free(old.clone()).unwrap();
+    assert!(machine.free(old).is_err(), "twice");
 }
 
 #[test]

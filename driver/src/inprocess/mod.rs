@@ -146,24 +146,23 @@ impl InProcess {
 
     /// Reads within a frame that `map`, `unmap` or `replace` told of.
     pub fn peek(&self, from: Gpa, to: &mut [u8]) -> Result<()> {
-        let _space = self.raw_frame(from)?;
+        let _space = self.raw_frame(from, to.len())?;
         self.machine.ram.read(from, to).map_err(broken)
     }
 
     /// Writes within a frame that `map`, `unmap` or `replace` told of.
     pub fn poke(&self, to: Gpa, from: &[u8]) -> Result<()> {
-        let _space = self.raw_frame(to)?;
-        let left = PAGE_SIZE - to.page_offset();
-        let within = from.get(..from.len().min(left as usize)).unwrap_or(from);
-        self.machine.ram.write(to, within).map_err(broken)
+        let _space = self.raw_frame(to, from.len())?;
+        self.machine.ram.write(to, from).map_err(broken)
     }
 
     /// Other frames are those of buffers and of the kernel itself.
-    fn raw_frame(&self, at: Gpa) -> Result<MutexGuard<'_, Space>> {
+    fn raw_frame(&self, at: Gpa, len: usize) -> Result<MutexGuard<'_, Space>> {
         let space = self.machine.lock();
-        match space.raw.contains_key(&at.page()) {
+        let within = len as u64 <= PAGE_SIZE - at.page_offset();
+        match within && space.raw.contains_key(&at.page()) {
             true => Ok(space),
-            false => Err(Error::Argument("that frame is not the caller's")),
+            false => Err(Error::Argument("those addresses are not the caller's")),
         }
     }
 
