@@ -155,3 +155,22 @@ fn the_model_sees_a_missing_drain() {
     failed.store(result.is_err(), std::sync::atomic::Ordering::SeqCst);
     assert!(seen.load(std::sync::atomic::Ordering::SeqCst));
 }
+
+/// A guard tells when a drain that should have waited for it was acknowledged, and only then.
+#[test]
+fn a_guard_knows_that_it_was_outlived() {
+    check(|| {
+        let model = Model::new();
+        let before = model.guards.begin();
+        let mut lane = model.guards.lane().expect("free");
+        let guard = lane.enter();
+        model.guards.acknowledge(&before);
+        assert!(!guard.is_outlived(), "a drain that began before it");
+        let mut during = model.guards.begin();
+        assert!(!model.guards.poll(&mut during));
+        model.guards.acknowledge(&during);
+        assert!(guard.is_outlived());
+        drop(guard);
+        assert!(model.guards.poll(&mut during));
+    });
+}
