@@ -32,7 +32,8 @@ pub fn guest_programs(cache: &Cache) -> Result<GuestPrograms> {
         "-C target-feature=+crt-static -C strip=symbols",
     );
     build(cache, &mut command, "guest").context(
-        "the guest's programs do not build; a static C library is needed (package libc6-dev)",
+        "cannot build the guest's programs (needed are cargo, a C linker and the static C library; \
+         see `extlb doctor`)",
     )?;
     let folder = target.join(TARGET).join("release");
     Ok(GuestPrograms {

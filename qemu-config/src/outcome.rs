@@ -34,8 +34,11 @@ pub struct Outcome {
     pub end: End,
     /// What the guest's kernel reported.
     pub kernel_reports: Vec<Report>,
-    /// Accesses of the device to pages that were taken back, as the device recorded them.
+    /// Accesses of the device to pages that were taken back, as the device recorded them; it does
+    /// not record all of many.
     pub stale_accesses: Vec<Value>,
+    /// How many there were.
+    pub stale_count: u64,
     /// The device's own summary, if it wrote one.
     pub device_summary: Option<Value>,
     /// Last lines of the console, of QEMU and of the device, for a death without a report.
@@ -45,9 +48,7 @@ pub struct Outcome {
 impl Outcome {
     /// Whether the machine stayed sound, whatever the program did.
     pub fn sound(&self) -> bool {
-        !matches!(self.end, End::Died(_))
-            && self.kernel_reports.is_empty()
-            && self.stale_accesses.is_empty()
+        !matches!(self.end, End::Died(_)) && self.kernel_reports.is_empty() && self.stale_count == 0
     }
 
     /// The exit code.
@@ -78,10 +79,11 @@ impl Outcome {
         for stale in self.stale_accesses.iter().take(SHOWN_STALE) {
             lines.push(format!("extlb: stale access by the device: {stale}"));
         }
-        if self.stale_accesses.len() > SHOWN_STALE {
+        let shown = self.stale_accesses.len().min(SHOWN_STALE) as u64;
+        if self.stale_count > shown {
             lines.push(format!(
                 "extlb: and {} more stale accesses",
-                self.stale_accesses.len() - SHOWN_STALE
+                self.stale_count - shown
             ));
         }
         if matches!(self.end, End::Died(_)) && self.kernel_reports.is_empty() {
@@ -103,6 +105,7 @@ mod tests {
             end,
             kernel_reports: vec![],
             stale_accesses: vec![],
+            stale_count: 0,
             device_summary: None,
             last_words: vec!["last".into()],
         }
@@ -123,7 +126,9 @@ mod tests {
         assert!(reported.explanation().join("\n").contains("BUG: x"));
         let mut stale = outcome(End::TimedOut);
         stale.stale_accesses.push(serde_json::json!({"iova": 4096}));
+        stale.stale_count = 3;
         assert_eq!(stale.code(), 70);
+        assert!(stale.explanation().join("\n").contains("and 2 more"));
         assert!(stale.explanation().join("\n").contains("4096"));
     }
 

@@ -94,6 +94,7 @@ impl Profile {
                 profile.smp
             );
         }
+        profile.device.check()?;
         Ok(profile)
     }
 }

@@ -299,6 +299,10 @@ impl Vm {
             let _ = reader.join();
         }
         let (stale_accesses, device_summary) = read_report(&self.folder.path().join(DEVICE_REPORT));
+        let counted = device_summary
+            .as_ref()
+            .and_then(|summary| summary["oracle_stale"].as_u64());
+        let stale_count = counted.unwrap_or(0).max(stale_accesses.len() as u64);
         let mut console = self.console.lock().unwrap_or_else(PoisonError::into_inner);
         console.finish();
         let mut last_words = console.last_lines(SHOWN_CONSOLE);
@@ -313,6 +317,7 @@ impl Vm {
             end,
             kernel_reports,
             stale_accesses,
+            stale_count,
             device_summary,
             last_words,
         }
