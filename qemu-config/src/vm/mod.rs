@@ -6,15 +6,16 @@
 //! [`LOOK_EVERY`].
 
 mod channel;
+mod device;
 mod folder;
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -22,7 +23,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use extlb_guest::protocol::{self, Exec, Exit, Setup, ToGuest, ToRig};
-use serde_json::Value;
 
 use crate::child::last_lines;
 use crate::console::Watcher;
@@ -33,14 +33,13 @@ use crate::qemu::command::{Machine, add_arguments};
 use crate::spawn_unsafe::dies_with_us;
 use channel::{Event, Sender};
 pub use channel::{Sinks, window};
+pub use device::DeviceServer;
 use folder::RunFolder;
 
 /// How often the owner looks after its children while it waits for a message.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// When one child has died: how long to wait for the other, to tell which was first.
 const SETTLE: Duration = Duration::from_millis(500);
-/// The device server has to listen within this time.
-const DEVICE_START: Duration = Duration::from_secs(20);
 /// The guest has to switch off within this time, or it is ended.
 const SHUTDOWN: Duration = Duration::from_secs(20);
 
@@ -52,20 +51,7 @@ const SHOWN_CONSOLE: usize = 15;
 
 /// Names in the run folder. Children work in it and use these relative names, because a socket's
 /// path may have only 108 bytes.
-const DEVICE_SOCKET: &str = "device.sock";
-const DEVICE_REPORT: &str = "device.jsonl";
-const DEVICE_LOG: &str = "device.log";
-const DEVICE_CONFIG: &str = "device.toml";
 const QEMU_LOG: &str = "qemu.log";
-
-/// How the device server is started.
-#[derive(Clone, Debug)]
-pub struct DeviceServer {
-    /// The rig's binary.
-    pub rig: std::path::PathBuf,
-    /// The device's configuration.
-    pub config: extlb_device::Config,
-}
 
 /// Everything needed to start a guest.
 pub struct Start<'a> {
@@ -148,8 +134,8 @@ impl Vm {
         }
         let device = match &start.device {
             Some(server) => {
-                machine.device = Some(DEVICE_SOCKET.into());
-                Some(start_device(server, &folder)?)
+                machine.device = Some(device::SOCKET.into());
+                Some(device::start(server, &folder)?)
             }
             None => None,
         };
@@ -298,7 +284,8 @@ impl Vm {
         if let Some(reader) = self.console_reader.take() {
             let _ = reader.join();
         }
-        let (stale_accesses, device_summary) = read_report(&self.folder.path().join(DEVICE_REPORT));
+        let (stale_accesses, device_summary) =
+            device::read_report(&self.folder.path().join(device::REPORT));
         let counted = device_summary
             .as_ref()
             .and_then(|summary| summary["oracle_stale"].as_u64());
@@ -306,7 +293,7 @@ impl Vm {
         let mut console = self.console.lock().unwrap_or_else(PoisonError::into_inner);
         console.finish();
         let mut last_words = console.last_lines(SHOWN_CONSOLE);
-        for log in [QEMU_LOG, DEVICE_LOG] {
+        for log in [QEMU_LOG, device::LOG] {
             let text = fs::read(self.folder.path().join(log)).unwrap_or_default();
             let text = last_lines(&String::from_utf8_lossy(&text), 20);
             last_words.extend(text.lines().map(str::to_owned));
@@ -406,53 +393,6 @@ impl Drop for Vm {
     }
 }
 
-fn start_device(server: &DeviceServer, folder: &RunFolder) -> Result<Child> {
-    fs::write(
-        folder.path().join(DEVICE_CONFIG),
-        toml::to_string(&server.config)?,
-    )?;
-    let log = folder.path().join(DEVICE_LOG);
-    let output = File::create(&log)?;
-    let mut command = Command::new(&server.rig);
-    command
-        .current_dir(folder.path())
-        .args([
-            "device",
-            "--once",
-            "--socket",
-            DEVICE_SOCKET,
-            "--report",
-            DEVICE_REPORT,
-        ])
-        .args(["--config", DEVICE_CONFIG])
-        .stdin(Stdio::null())
-        .stdout(output.try_clone()?)
-        .stderr(output);
-    let mut child = dies_with_us(&mut command)
-        .spawn()
-        .context("cannot start the device")?;
-    let start = Instant::now();
-    while !folder.path().join(DEVICE_SOCKET).exists() {
-        if let Some(status) = child.try_wait()? {
-            let said = fs::read_to_string(&log).unwrap_or_default();
-            bail!(
-                "the device did not start ({status}): {}",
-                last_lines(&said, 20)
-            );
-        }
-        if start.elapsed() > DEVICE_START {
-            let _ = child.kill();
-            let _ = child.wait();
-            bail!(
-                "the device did not listen within {} s",
-                DEVICE_START.as_secs()
-            );
-        }
-        std::thread::sleep(Duration::from_millis(2));
-    }
-    Ok(child)
-}
-
 fn read_console(
     mut from: impl Read + Send + 'static,
     watcher: Arc<Mutex<Watcher>>,
@@ -479,28 +419,6 @@ fn read_console(
         .context("cannot start a thread")
 }
 
-/// The stale accesses and the summary in the device's report. A line cut short by a death is
-/// skipped.
-fn read_report(path: &Path) -> (Vec<Value>, Option<Value>) {
-    /// Lines kept; a broken notifier makes thousands.
-    const KEPT: usize = 10_000;
-    let Ok(file) = File::open(path) else {
-        return (Vec::new(), None);
-    };
-    let (mut stale, mut summary) = (Vec::new(), None);
-    for line in BufReader::new(file).lines().map_while(Result::ok) {
-        let Ok(event) = serde_json::from_str::<Value>(&line) else {
-            continue;
-        };
-        match event.get("event").and_then(Value::as_str) {
-            Some("stale_access") if stale.len() < KEPT => stale.push(event),
-            Some("summary") => summary = Some(event),
-            _ => {}
-        }
-    }
-    (stale, summary)
-}
-
 fn wait_for(child: &mut Child, limit: Duration) -> bool {
     let start = Instant::now();
     loop {
@@ -519,26 +437,5 @@ fn how(status: ExitStatus) -> String {
         (_, Some(signal)) => format!("signal {signal}"),
         (Some(code), None) => format!("exit code {code}"),
         (None, None) => status.to_string(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_report_that_was_cut_short_still_counts() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("report");
-        fs::write(
-            &path,
-            "{\"event\":\"start\"}\n{\"event\":\"stale_access\",\"iova\":1}\nnot json\n\
-             {\"event\":\"summary\",\"operations\":5}\n{\"event\":\"stale_acc",
-        )
-        .unwrap();
-        let (stale, summary) = read_report(&path);
-        assert_eq!(stale.len(), 1);
-        assert_eq!(summary.unwrap()["operations"], 5);
-        assert_eq!(read_report(&folder.path().join("none")), (Vec::new(), None));
     }
 }
