@@ -138,3 +138,34 @@ fn killed_processes_leave_nothing_behind() {
     let got = output(RIG, &["run", "--", PROBE, "kill"]).unwrap();
     assert_eq!(got.status.code(), Some(0), "{}", transcript(&got));
 }
+
+#[test]
+fn other_programs_run_beside_a_busy_device() {
+    let script = "extlb-tour load --seconds 25 & load=$!
+        for i in 1 2 3 4; do
+            dd if=/dev/urandom of=/tmp/a bs=1M count=24 2>/dev/null && gzip -c /tmp/a > /tmp/b &&
+            gunzip -c /tmp/b | cmp - /tmp/a || exit 1
+            find /proc /sys -name '[0-9]*' > /tmp/c 2>/dev/null
+            sort -r /tmp/c | md5sum > /dev/null
+        done
+        wait $load && grep -v '^$' /sys/kernel/debug/extlb/extlb0/stats";
+    let got = output(RIG, &["run", "--memory", "256M", "--", "sh", "-c", script]).unwrap();
+    assert_eq!(got.status.code(), Some(0), "{}", transcript(&got));
+}
+
+#[test]
+fn stale_accesses_give_70_even_if_the_command_succeeds() {
+    // The command passes when the oracle finds something; the run must not.
+    let got = output(
+        RIG,
+        &["run", "--", "extlb-tour", "--step", "negative-control"],
+    )
+    .unwrap();
+    let text = transcript(&got);
+    assert!(text.contains("PASS negative-control"), "{text}");
+    assert_eq!(got.status.code(), Some(70), "{text}");
+    assert!(
+        String::from_utf8_lossy(&got.stderr).contains("stale access"),
+        "{text}"
+    );
+}
