@@ -10,7 +10,7 @@ use crate::toolbox::Toolbox;
 
 /// Where the kernel's tree is seen in the sandbox; the same for all builds, so that paths which a
 /// build has written down stay true.
-const TREE: &str = "/work";
+const TREE: &str = "/kernel";
 /// Further folders are seen as `/with0`, `/with1` …
 const WITH: &str = "/with";
 
