@@ -1,4 +1,4 @@
-//! Starting children that do not outlive the rig.
+//! Starting children that do not outlive the rig, and that give way to others.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -27,5 +27,17 @@ pub fn dies_with_us(command: &mut Command) -> &mut Command {
     };
     // SAFETY: the closure runs between fork and exec, where only async-signal-safe work is allowed:
     // it makes a few system calls and allocates nothing (an error is built from a number).
+    unsafe { command.pre_exec(prepare) }
+}
+
+/// Lowers the child's priority by `steps` of `nice`.
+pub fn gives_way(command: &mut Command, steps: i32) -> &mut Command {
+    let prepare = move || -> io::Result<()> {
+        // SAFETY: one system call without pointers. That it cannot fail for want of rights, or
+        // stops at the lowest priority, is why its result does not matter.
+        unsafe { nix::libc::nice(steps) };
+        Ok(())
+    };
+    // SAFETY: the closure runs between fork and exec and makes one system call.
     unsafe { command.pre_exec(prepare) }
 }

@@ -30,7 +30,7 @@ use crate::outcome::{End, Outcome};
 use crate::paths::Cache;
 use crate::qemu::Qemu;
 use crate::qemu::command::{Machine, add_arguments};
-use crate::spawn_unsafe::dies_with_us;
+use crate::spawn_unsafe::{dies_with_us, gives_way};
 use channel::{Event, Sender};
 pub use channel::{Sinks, window};
 pub use device::DeviceServer;
@@ -148,7 +148,9 @@ impl Vm {
             .stdin(OwnedFd::from(theirs))
             .stdout(Stdio::piped())
             .stderr(File::create(folder.path().join(QEMU_LOG))?);
-        let mut qemu = dies_with_us(&mut command)
+        // Emulated processors spin until the device acknowledges; where they are as many as the
+        // cores, the device must not wait for one of them to use its time up.
+        let mut qemu = gives_way(dies_with_us(&mut command), 10)
             .spawn()
             .context("cannot start QEMU")?;
         // Our copy of the guest's end of the socket goes with the command.

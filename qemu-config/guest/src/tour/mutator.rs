@@ -92,7 +92,21 @@ impl<'a> Mutator<'a> {
     pub fn step(&mut self, kind: Kind) -> Result<()> {
         let len = 1 + self.random.below(MAX_PAGES as u64) as usize;
         let start = self.random.below((self.fire.pages() - len + 1) as u64) as usize;
-        let pages = start..start + len;
+        self.change(kind, start..start + len)
+    }
+
+    /// Gives the whole area up, every page of it present.
+    ///
+    /// To change so many ptes takes long enough for the device to ask for pages in the middle of
+    /// it: a kernel that took them from the device before it changed the ptes, and not after,
+    /// would give some of them out again, and nobody would take those back.
+    pub fn give_all_up(&mut self) -> Result<()> {
+        let all = 0..self.fire.pages();
+        self.touch(&all);
+        self.change(Kind::DontNeed, all)
+    }
+
+    fn change(&mut self, kind: Kind, pages: Range<usize>) -> Result<()> {
         let begun = Instant::now();
         let before = self.shared.before_wiping();
         match kind {
@@ -165,22 +179,21 @@ impl<'a> Mutator<'a> {
             std::thread::yield_now();
             first == fire.checksum(pages.clone())
         };
-        let written = &mut self.written;
-        let parent = || {
-            for page in pages.clone() {
-                *written += 1;
-                fire.store(
-                    page * PAGE + 8 * (page % 512),
-                    word(page, Writer::Program, *written),
-                );
-            }
-        };
-        let same = in_child(child, parent)?;
+        let same = in_child(child, || self.touch(pages))?;
         ensure!(
             same,
             "the device wrote to pages {pages:?} of a forked child"
         );
         Ok(())
+    }
+
+    /// Writes a word to each page.
+    fn touch(&mut self, pages: &Range<usize>) {
+        for page in pages.clone() {
+            self.written += 1;
+            let word = word(page, Writer::Program, self.written);
+            self.fire.store(page * PAGE + 8 * (page % 512), word);
+        }
     }
 
     /// Moves pages to the graveyard. They are the program's alone there, and stay as they are.

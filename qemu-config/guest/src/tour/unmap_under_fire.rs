@@ -132,11 +132,12 @@ fn change(
             0 => Kind::Fork,
             _ => OTHERS[random.below(OTHERS.len() as u64) as usize],
         };
-        mutator.step(kind)?;
-        if n % BURST == 0 {
-            // Nobody changes the memory now: operations succeed in whole, and what the device
-            // has is what the process has.
-            shared.calm_round()?;
+        if n % BURST != 0 {
+            mutator.step(kind)?;
+        } else {
+            mutator.give_all_up()?;
+            // Nobody changes the memory now: what the device has is what the process has, and
+            // operations succeed in whole.
             let audit = context.audit()?;
             audits.0 += 1;
             audits.1 += audit.checked;
@@ -149,6 +150,7 @@ fn change(
                 audit.device_gpa,
                 audit.cpu_gpa
             );
+            shared.calm_round()?;
         }
         if n % 2500 == 0 {
             println!(
