@@ -13,7 +13,9 @@ use super::procfs;
 
 /// The child's way of saying that it failed as it should.
 const OUT_OF_MEMORY: u8 = 3;
-const PATIENCE: Duration = Duration::from_secs(15);
+const PATIENCE: Duration = Duration::from_secs(30);
+/// Memory is registered in pieces of this size.
+const PIECE_MIB: u64 = 4;
 
 /// Registers so much memory, pinned; what happened. Fails if it does not fail.
 pub fn must_fail(mib: u64) -> Result<String> {
@@ -82,16 +84,23 @@ fn pin(mib: u64) -> Result<Option<String>> {
         follow: Follow::PINNED,
         ..Options::default()
     })?;
-    let mapping = device.map_anonymous(usize::try_from(mib)? << 20)?;
-    let Err(refused) = context.register(mapping) else {
-        return Ok(None);
-    };
-    let Error::Call { call, errno } = &refused.error else {
-        return Err(refused.error.into());
-    };
-    ensure!(
-        *errno == nix::errno::Errno::ENOMEM,
-        "{call} failed with {errno}"
-    );
-    Ok(Some(format!("{call} of {mib} MiB fails with {errno}")))
+    // A piece at a time: what there is of memory is really used up, and not refused from the start.
+    let mut pinned = Vec::new();
+    for done in (0..mib).step_by(PIECE_MIB as usize) {
+        let mapping = device.map_anonymous((PIECE_MIB as usize) << 20)?;
+        match context.register(mapping) {
+            Ok(piece) => pinned.push(piece),
+            Err(refused) => {
+                let Error::Call { call, errno } = &refused.error else {
+                    return Err(refused.error.into());
+                };
+                ensure!(
+                    *errno == nix::errno::Errno::ENOMEM,
+                    "{call} failed with {errno}"
+                );
+                return Ok(Some(format!("{call} fails with {errno} after {done} MiB")));
+            }
+        }
+    }
+    Ok(None)
 }
