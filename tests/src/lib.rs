@@ -4,7 +4,7 @@ use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
@@ -99,6 +99,26 @@ impl Running {
     pub fn finish(self) -> Result<Output> {
         // The reader thread drains standard output, so the rig cannot block on it.
         Ok(self.child.wait_with_output()?)
+    }
+}
+
+/// Waits until a process has ended, whether or not somebody has collected its status; false if it
+/// has not within `limit`.
+pub fn ends_within(pid: i32, limit: Duration) -> bool {
+    let end = Instant::now() + limit;
+    loop {
+        match std::fs::read_to_string(format!("/proc/{pid}/stat")) {
+            Err(_) => return true,
+            Ok(stat)
+                if stat
+                    .rsplit_once(')')
+                    .is_some_and(|(_, s)| s.starts_with(" Z")) =>
+            {
+                return true;
+            }
+            Ok(_) if Instant::now() > end => return false,
+            Ok(_) => std::thread::sleep(Duration::from_millis(10)),
+        }
     }
 }
 

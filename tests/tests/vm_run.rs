@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use extlb_tests::{Running, output, transcript};
+use extlb_tests::{Running, ends_within, output, transcript};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -120,8 +120,9 @@ fn an_interrupted_rig_leaves_nothing_behind() {
     let got = running.finish().unwrap();
     assert!(!got.status.success());
     for child in children {
+        // The kernel kills them when the rig is gone; a large one takes a moment to die.
         assert!(
-            kill(Pid::from_raw(child), None).is_err(),
+            ends_within(child, Duration::from_secs(20)),
             "{child} is still there"
         );
     }
