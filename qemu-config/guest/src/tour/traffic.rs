@@ -317,8 +317,11 @@ impl<'a> Traffic<'a> {
                 break;
             };
             let (completion, ()) = pending.finish()?;
-            self.judge(&work, &completion)
-                .with_context(|| format!("{work}: {completion:?}"))?;
+            // Where the notifier is off, the page of a completion may be a stale one, too.
+            let judged = self.judge(&work, &completion);
+            if !self.tolerant {
+                judged.with_context(|| format!("{work}: {completion:?}"))?;
+            }
             self.shared.ended.fetch_add(1, Ordering::Relaxed);
             if let Some(sequence) = work.sequence {
                 // Operations end in order.
