@@ -85,6 +85,7 @@
 
 mod context;
 mod error;
+pub mod hardware;
 #[cfg(feature = "inprocess")]
 pub mod inprocess;
 mod kernel_unsafe;
@@ -96,6 +97,7 @@ mod region;
 mod ring;
 mod slice_unsafe;
 mod submit;
+pub mod userspace;
 mod wait;
 
 pub use context::{Context, Device, Follow, Options, Registration};

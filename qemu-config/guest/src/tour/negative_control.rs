@@ -1,12 +1,15 @@
 //! The notifier switched off: the oracle must notice, or its silence elsewhere means nothing.
 //!
 //! The device only reads from the memory that is taken from it. A stale write would hit a page
-//! that the kernel has given to somebody else, and corrupt the guest for real.
+//! that the kernel has given to somebody else, and corrupt the guest for real: this program, or the
+//! kernel. So the pages that the device writes to (the sink, the rings) are kept where they are
+//! meanwhile ([`Anchored`]): with the notifier off nobody would tell the device that they moved.
 
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use extlb_driver::{Context, Device, Kernel, Options};
+use nix::sys::mman::{MlockAllFlags, mlockall, munlockall};
 
 use super::Arguments;
 use super::figures::Figures;
@@ -44,28 +47,65 @@ impl Drop for Ignored {
     }
 }
 
+/// All that the process has mapped stays in its physical pages for as long as this lives: locked
+/// against reclaim, compaction told to leave locked pages alone, no huge pages made of small ones.
+struct Anchored {
+    compact_unevictable: String,
+}
+
+const COMPACT_UNEVICTABLE: &str = "/proc/sys/vm/compact_unevictable_allowed";
+
+impl Anchored {
+    fn new() -> Result<Self> {
+        let compact_unevictable =
+            std::fs::read_to_string(COMPACT_UNEVICTABLE).context(COMPACT_UNEVICTABLE)?;
+        std::fs::write(COMPACT_UNEVICTABLE, "0").context(COMPACT_UNEVICTABLE)?;
+        nix::sys::prctl::set_thp_disable(true).context("PR_SET_THP_DISABLE")?;
+        mlockall(MlockAllFlags::MCL_CURRENT).context("mlockall")?;
+        Ok(Self {
+            compact_unevictable,
+        })
+    }
+}
+
+impl Drop for Anchored {
+    fn drop(&mut self) {
+        let undone = munlockall()
+            .and(nix::sys::prctl::set_thp_disable(false))
+            .map_err(std::io::Error::from)
+            .and(std::fs::write(COMPACT_UNEVICTABLE, &self.compact_unevictable));
+        if let Err(error) = undone {
+            eprintln!("memory could not be let go again: {error}");
+        }
+    }
+}
+
 /// The step.
 pub fn run(
     arguments: &Arguments,
     device: &Device<Kernel>,
     figures: &mut Figures,
 ) -> Result<String> {
-    let (fire, sink) = (Area::fresh(PAGES)?, Area::fresh(SINK_PAGES)?);
-    // The device writes there, and to its rings: no fork may take those pages from under it.
+    let sink = Area::fresh(SINK_PAGES)?;
+    // No fork may take those pages from under the device; the rings are kept from children, too.
     sink.keep_from_children()?;
-    for page in 0..PAGES {
-        fire.store_all(page..page + 1, word(page, Writer::Program, 1));
-    }
-    // Dropped in reverse: registrations, then the context, whose stop takes every page from the
-    // device whatever the switch says; only then the switch.
-    let ignored = Ignored::new()?;
     let context = device.context(Options {
         ring_log2: 7,
         ..Options::default()
     })?;
+    // What is mapped so far stays where it is; the area that changes is mapped afterwards.
+    let anchored = Anchored::new()?;
+    let fire = Area::fresh(PAGES)?;
+    for page in 0..PAGES {
+        fire.store_all(page..page + 1, word(page, Writer::Program, 1));
+    }
+    // The context's stop takes every page from the device, whatever the switch says; only then may
+    // the switch be off, and pages move.
+    let ignored = Ignored::new()?;
     let outcome = take_away(arguments, &context, &fire, &sink, figures);
     drop(context);
     drop(ignored);
+    drop(anchored);
     outcome
 }
 
