@@ -18,6 +18,8 @@ pub struct Config {
     pub poll_us: u64,
     /// The oracle.
     pub oracle: OracleConfig,
+    /// Switches that break the device; all off.
+    pub debug: DebugConfig,
 }
 
 /// Configuration of the TLB.
@@ -60,6 +62,36 @@ pub struct OracleConfig {
     pub invalidations: usize,
 }
 
+/// Breaks the device on purpose, for tests of those who rely on it. All is off by default.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DebugConfig {
+    /// Wait commands that ask for a drain are acknowledged without one: the device says that it
+    /// is done with a page while it may still access it. The oracle sees it (a stale access of
+    /// kind `OutlivedDrain`). What the host relies on (reset, bus master off, RAM that is
+    /// unmapped) is not broken: an access that comes late finds nothing mapped, a bus error.
+    pub skip_drain: bool,
+    /// How long each access to memory of at least 65 bytes is under way, in µs: it begins that
+    /// long after the device has decided where it goes. Makes the window that a drain closes wide
+    /// enough for tests.
+    pub bus_delay_us: u64,
+}
+
+impl DebugConfig {
+    /// What is broken, one sentence each; empty if nothing is.
+    pub fn warnings(&self) -> Vec<String> {
+        let mut warnings = Vec::new();
+        if self.skip_drain {
+            warnings.push("debug.skip_drain: acknowledges drains without draining".into());
+        }
+        if self.bus_delay_us > 0 {
+            let us = self.bus_delay_us;
+            warnings.push(format!("debug.bus_delay_us: data accesses take {us} µs"));
+        }
+        warnings
+    }
+}
+
 impl Default for Config {
     fn default() -> Self {
         Self {
@@ -68,6 +100,7 @@ impl Default for Config {
             quantum: 16,
             poll_us: 2000,
             oracle: OracleConfig::default(),
+            debug: DebugConfig::default(),
         }
     }
 }
@@ -168,6 +201,14 @@ impl Config {
             log,
             (1..=1 << 20).contains(&log),
             "1 to 1048576",
+        )?;
+        // An operation of two accesses must end before a client gives up on an answer (5 s).
+        let delay = self.debug.bus_delay_us;
+        check(
+            "debug.bus_delay_us",
+            delay,
+            delay <= 2_000_000,
+            "0 to 2000000",
         )
     }
 }
@@ -185,5 +226,9 @@ mod tests {
         assert!(Config::from_toml("pol_us = 7").is_err());
         assert!(Config::from_toml("[tlb]\nsets = 3").is_err());
         assert!(Config::from_toml("engines = 0").is_err());
+        assert!(Config::from_toml("[debug]\nbus_delay_us = 2000001").is_err());
+        let broken = Config::from_toml("[debug]\nskip_drain = true").expect("valid");
+        assert_eq!(broken.debug.warnings().len(), 1);
+        assert!(Config::default().debug.warnings().is_empty());
     }
 }

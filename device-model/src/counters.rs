@@ -54,6 +54,8 @@ counters! {
     page_requests,
     /// Page responses for no waiting request.
     stray_responses,
+    /// Accesses for work operations, by translation, that no RAM answered.
+    bus_errors,
     /// Accesses that the oracle compared.
     oracle_checks,
     /// Accesses that differed.

@@ -1,12 +1,13 @@
 //! The device as a whole: its gates, its registers, its steps.
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use extlb_spec::regs::{self, FatalError, ctrl, status};
 use extlb_spec::{BAR_DOORBELLS, BAR_REGS, DOORBELL_STRIDE, Gpa, MAX_CONTEXTS, Vector};
 
+use crate::bus::SlowBus;
 use crate::config::{Config, ConfigError};
 use crate::context::{Context, Entry};
 use crate::counters::{Counters, Totals};
@@ -62,8 +63,12 @@ pub struct Device {
 
 impl Device {
     /// A device as after power-on: bus master off.
-    pub fn new(config: Config, ports: Ports) -> Result<Self, ConfigError> {
+    pub fn new(config: Config, mut ports: Ports) -> Result<Self, ConfigError> {
         config.check()?;
+        if config.debug.bus_delay_us > 0 {
+            let delay = Duration::from_micros(config.debug.bus_delay_us);
+            ports.memory = Arc::new(SlowBus::new(ports.memory, delay));
+        }
         Ok(Self {
             ports,
             gate: AtomicU32::new(0),
@@ -197,6 +202,7 @@ impl Device {
             o if o == regs::DRAINS.offset => counters().drains,
             o if o == regs::PAGE_REQUESTS.offset => counters().page_requests,
             o if o == regs::STRAY_RESPONSES.offset => counters().stray_responses,
+            o if o == regs::BUS_ERRORS.offset => counters().bus_errors,
             o if o == regs::ORACLE_CHECKS.offset => counters().oracle_checks,
             o if o == regs::ORACLE_SUSPECTS.offset => counters().oracle_suspects,
             o if o == regs::ORACLE_STALE.offset => counters().oracle_stale,

@@ -36,6 +36,7 @@
 //! With threads: make a [`runner::Bell`], pass it as [`ports::Ports::wake`], and hand both to
 //! [`runner::Runner::start`].
 
+pub mod bus;
 pub mod config;
 mod context;
 mod counters;

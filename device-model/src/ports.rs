@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use extlb_spec::context::ContextError;
 use extlb_spec::regs::FatalError;
-use extlb_spec::{Gpa, Vector};
+use extlb_spec::{Gpa, Iova, Vector};
 
 use crate::oracle::StaleAccess;
 
@@ -72,6 +72,16 @@ pub enum Event {
         error: ContextError,
         /// What it is about.
         addr: u64,
+    },
+    /// No RAM answered an access for a work operation: a leaf, or a table on the way to it,
+    /// points where nothing is mapped.
+    BusError {
+        /// The context.
+        context: u32,
+        /// What was translated.
+        iova: Iova,
+        /// The access.
+        error: BusError,
     },
     /// The device stopped on an error.
     Fatal {

@@ -21,13 +21,15 @@ pub(crate) struct Leaf {
 pub(crate) enum WalkError {
     /// Nothing is mapped, or it may not be written: software may mend it.
     NotMapped,
-    /// Reserved bits, or a table outside RAM.
+    /// Reserved bits.
     Broken,
+    /// A table outside RAM.
+    Bus(BusError),
 }
 
 impl From<BusError> for WalkError {
-    fn from(_: BusError) -> Self {
-        WalkError::Broken
+    fn from(error: BusError) -> Self {
+        WalkError::Bus(error)
     }
 }
 

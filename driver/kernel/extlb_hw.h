@@ -27,7 +27,7 @@
 
 #define EXTLB_ID_VALUE 0x424c5845
 
-#define EXTLB_VERSION_VALUE 0x10000
+#define EXTLB_VERSION_VALUE 0x10001
 
 #define EXTLB_RING_LOG2_MIN 4
 
@@ -120,6 +120,9 @@
 
 /* Page responses for no waiting request: late, repeated, or for a context that ended. */
 #define EXTLB_REG_STRAY_RESPONSES 0x150
+
+/* Accesses for work operations, by translation, that no RAM answered. Since 1.1. */
+#define EXTLB_REG_BUS_ERRORS 0x158
 
 /* Accesses that the oracle compared with the process's own page table. */
 #define EXTLB_REG_ORACLE_CHECKS 0x180

@@ -54,7 +54,7 @@ macro_rules! registers {
 /// Value of [`ID`]: "EXLB" in memory order.
 pub const ID_VALUE: u32 = u32::from_le_bytes(*b"EXLB");
 /// Value of [`VERSION`]: major in the upper half, minor in the lower.
-pub const VERSION_VALUE: u32 = 0x0001_0000;
+pub const VERSION_VALUE: u32 = 0x0001_0001;
 /// Largest log2 of the entries of the invalidation queue and of the page request ring.
 pub const MAX_RING_LOG2: u32 = 15;
 /// Smallest log2 of the entries of the same.
@@ -124,6 +124,8 @@ registers! {
     PAGE_REQUESTS: 8 @ 0x148 ReadOnly reset 0, writable 0;
     /// Page responses for no waiting request: late, repeated, or for a context that ended.
     STRAY_RESPONSES: 8 @ 0x150 ReadOnly reset 0, writable 0;
+    /// Accesses for work operations, by translation, that no RAM answered. Since 1.1.
+    BUS_ERRORS: 8 @ 0x158 ReadOnly reset 0, writable 0;
 
     /// Accesses that the oracle compared with the process's own page table.
     ORACLE_CHECKS: 8 @ 0x180 ReadOnly reset 0, writable 0;

@@ -25,7 +25,8 @@ struct Arguments {
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
     /// Configuration of the device, in TOML: tlb.sets, tlb.ways, tlb.policy, tlb.seed, engines,
-    /// quantum, poll_us, oracle.enabled, oracle.bound_ms.
+    /// quantum, poll_us, oracle.enabled, oracle.bound_ms; and debug.skip_drain, debug.bus_delay_us,
+    /// which break the device on purpose, for tests.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// End when the first client has left.

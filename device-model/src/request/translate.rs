@@ -15,7 +15,7 @@ use crate::Device;
 use crate::context::{Context, Miss, Space};
 use crate::guard::{Guard, Lane};
 use crate::oracle::{StaleAccess, Used};
-use crate::ports::Dma;
+use crate::ports::{BusError, Dma, Event};
 use crate::tlb::{Inserted, Lookup};
 use crate::walk::{WalkError, walk};
 
@@ -67,6 +67,17 @@ impl Access<'_> {
         &*self.device.ports.memory
     }
 
+    /// No RAM answers: broken at this address, and counted.
+    fn bus_error(&self, iova: Iova, error: BusError) -> Halt {
+        self.device.counters.bus_errors.add(1);
+        self.device.ports.trace.event(Event::BusError {
+            context: self.space.context,
+            iova,
+            error,
+        });
+        Halt::Broken(iova)
+    }
+
     /// Translates. `pages`: how many pages from here on the operation still needs, for the
     /// page request if there is to be one.
     pub(super) fn page(&self, iova: Iova, write: bool, pages: u64) -> Result<Page<'_>, Halt> {
@@ -88,6 +99,7 @@ impl Access<'_> {
                     walk(self.memory(), self.space.page_table, iova, write).map_err(|error| {
                         match error {
                             WalkError::Broken => Halt::Broken(iova),
+                            WalkError::Bus(error) => self.bus_error(iova, error),
                             WalkError::NotMapped => Halt::Missing(vec![Miss {
                                 iova,
                                 write,
@@ -150,9 +162,8 @@ pub(super) struct Page<'a> {
 }
 
 impl Page<'_> {
-    /// The leaf points outside RAM: broken at this address.
-    fn bus<R>(&self, result: Result<R, crate::ports::BusError>) -> Result<R, Halt> {
-        result.map_err(|_| Halt::Broken(self.iova))
+    fn bus<R>(&self, result: Result<R, BusError>) -> Result<R, Halt> {
+        result.map_err(|error| self.access.bus_error(self.iova, error))
     }
 
     /// Reads, within the page.
@@ -182,7 +193,8 @@ impl Page<'_> {
         let memory = self.access.memory();
         memory.copy(self.gpa, to.gpa, len).map_err(|error| {
             let source = error.addr == self.gpa;
-            Halt::Broken(if source { self.iova } else { to.iova })
+            let iova = if source { self.iova } else { to.iova };
+            self.access.bus_error(iova, error)
         })
     }
 }

@@ -96,6 +96,9 @@ impl Server {
                 Report::new(Box::new(file))
             }
         };
+        for warning in options.config.debug.warnings() {
+            eprintln!("extlb-device: warning: the device is broken on purpose: {warning}");
+        }
         remove_stale(&options.socket)?;
         let transport = VfioUser::bind(&options.socket).map_err(|source| Error::Bind {
             path: options.socket.clone(),

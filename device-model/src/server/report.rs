@@ -14,10 +14,14 @@ use crate::sync::lock;
 
 /// Lines of events that are written; the rest is counted.
 const MAX_LINES: u64 = 1000;
+/// Of these, lines of bus errors: a program can make any number of them, and must not crowd out
+/// what the report is for.
+const MAX_BUS_LINES: u64 = 100;
 
 struct Inner {
     out: Box<dyn Write + Send>,
     lines: u64,
+    bus_lines: u64,
     left_out: u64,
 }
 
@@ -29,6 +33,7 @@ impl Report {
         Self(Mutex::new(Inner {
             out,
             lines: 0,
+            bus_lines: 0,
             left_out: 0,
         }))
     }
@@ -43,6 +48,7 @@ impl Report {
         }
         inner.write(&line);
         inner.lines = 0;
+        inner.bus_lines = 0;
         inner.left_out = 0;
     }
 }
@@ -57,11 +63,13 @@ impl Inner {
 impl Trace for Report {
     fn event(&self, event: Event) {
         let mut inner = lock(&self.0);
-        if inner.lines >= MAX_LINES {
+        let bus = u64::from(matches!(event, Event::BusError { .. }));
+        if inner.lines >= MAX_LINES || inner.bus_lines + bus > MAX_BUS_LINES {
             inner.left_out += 1;
             return;
         }
         inner.lines += 1;
+        inner.bus_lines += bus;
         inner.write(&line(&event));
     }
 }
@@ -79,6 +87,17 @@ fn line(event: &Event) -> Value {
             "context": context,
             "error": format!("{error:?}"),
             "addr": hex(*addr),
+        }),
+        Event::BusError {
+            context,
+            iova,
+            error,
+        } => json!({
+            "event": "bus_error",
+            "context": context,
+            "iova": hex(iova.0),
+            "gpa": hex(error.addr.0),
+            "len": error.len,
         }),
         Event::Fatal { error, info } => json!({
             "event": "fatal",
