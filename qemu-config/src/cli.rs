@@ -208,6 +208,13 @@ mod tests {
     }
 
     #[test]
+    fn hidden_commands_do_not_clash_with_global_options() {
+        let words = "extlb sandbox --root / --mount /a /b --cwd / -- true";
+        let cli = Cli::try_parse_from(words.split(' ')).unwrap();
+        assert!(matches!(cli.command, Some(Command::Sandbox(_))));
+    }
+
+    #[test]
     fn a_commands_own_options_are_left_alone() {
         let cli = Cli::try_parse_from(["extlb", "run", "--smp", "4", "--", "ls", "--memory", "-l"]);
         let Some(Command::Run(run)) = cli.unwrap().command else {

@@ -64,12 +64,12 @@ pub fn run(options: &Options, arguments: &Arguments) -> Result<i32> {
         device: profile.device.clone(),
         disks: guest_disks,
         setup: Setup {
-            expect_device: true,
             input: Some(Mount {
                 serial: disks::INPUT.to_owned(),
                 path: MOUNT.to_owned(),
             }),
             swap: swap_disk.as_ref().map(|_| disks::SWAP.to_owned()),
+            ..Setup::default()
         },
         archive: rig.archive()?,
     };

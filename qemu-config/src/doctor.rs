@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::outcome::UNAVAILABLE;
 use crate::paths::Cache;
 use crate::qemu::{OLDEST, Qemu, accel};
-use crate::rig::Options;
+use crate::rig::{GivenKernel, Options};
 use crate::toolbox::{self, Toolbox};
 use crate::{cargo, child, kernel, sandbox};
 
@@ -213,7 +213,14 @@ fn examine_kernel(cache: &Cache, options: &Options, can_fetch: bool) -> Finding 
         state,
         text,
     };
-    if let Some(given) = &options.kernel {
+    if options.kernel == Some(GivenKernel::Stock) {
+        return match (Toolbox::find(cache, &toolbox::STOCK), can_fetch) {
+            (Some(stock), _) => finding(State::Good, stock.packages.join(" ")),
+            (None, true) => finding(State::Fine, "Debian's; not fetched yet".to_owned()),
+            (None, false) => finding(State::Missing, "Debian's cannot be fetched".to_owned()),
+        };
+    }
+    if let Some(GivenKernel::At(given)) = &options.kernel {
         return match given.exists() {
             true => finding(State::Good, given.display().to_string()),
             false => finding(State::Missing, format!("nothing at {}", given.display())),

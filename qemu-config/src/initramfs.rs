@@ -63,9 +63,18 @@ impl Archive {
         for name in ["dev", "proc", "sys", "root", "run", "mnt", "etc", "tmp"] {
             archive.directory(Path::new(name));
         }
-        archive.text("/etc/passwd", "root:x:0:0:root:/root:/bin/sh\n", 0o644);
-        archive.text("/etc/group", "root:x:0:\n", 0o644);
-        archive.text("/etc/hosts", "127.0.0.1 localhost\n", 0o644);
+        for (path, content) in [
+            ("passwd", "root:x:0:0:root:/root:/bin/sh\n"),
+            ("group", "root:x:0:\n"),
+            ("hosts", "127.0.0.1 localhost\n"),
+        ] {
+            let content = content.into();
+            let entry = Entry::Text {
+                content,
+                mode: 0o644,
+            };
+            archive.entries.insert(Path::new("etc").join(path), entry);
+        }
         archive
     }
 
@@ -152,15 +161,13 @@ impl Archive {
         Ok(())
     }
 
-    fn text(&mut self, guest: &str, content: &str, mode: u32) {
-        let path = PathBuf::from(guest.trim_start_matches('/'));
-        self.entries.insert(
-            path,
-            Entry::Text {
-                content: content.into(),
-                mode,
-            },
-        );
+    /// Puts a file with this content into the guest.
+    pub fn text(&mut self, guest: &Path, content: &str, mode: u32) -> Result<()> {
+        let path = normal(guest)?;
+        self.directory(path.parent().unwrap_or(Path::new("")));
+        let content = content.into();
+        self.entries.insert(path, Entry::Text { content, mode });
+        Ok(())
     }
 
     /// `path` is normal already.

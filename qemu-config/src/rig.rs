@@ -5,17 +5,18 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use extlb_guest::protocol::Setup;
+use extlb_guest::protocol::{MODULES_FILE, Setup};
 
 use crate::cargo::{self, GuestPrograms};
 use crate::child;
 use crate::initramfs::Archive;
+use crate::kernel::stock::{Module, Stock};
 use crate::kernel::{self, Flavour};
 use crate::outcome::{End, Outcome};
 use crate::paths::Cache;
 use crate::qemu::Qemu;
 use crate::qemu::accel::{self, Accelerator, Wish};
-use crate::qemu::command::{Disk, Machine};
+use crate::qemu::command::{Disk, Iommu, Machine};
 use crate::toolbox::{self, Toolbox};
 use crate::vm::{DeviceServer, Sinks, Start, Stop, Vm};
 
@@ -25,15 +26,22 @@ pub struct Options {
     /// Use this QEMU (10.1.1 or newer, with vfio-user-pci)
     #[arg(long, global = true, value_name = "PATH")]
     pub qemu: Option<PathBuf>,
-    /// Boot this kernel: a bzImage with extlb.ko beside it, or a built kernel tree
-    #[arg(long, global = true, value_name = "PATH")]
-    pub kernel: Option<PathBuf>,
+    /// Boot this kernel: a bzImage with extlb.ko beside it, or a built kernel tree; or `stock`:
+    /// Debian's own, unpatched, for drivers in user space
+    #[arg(long, global = true, value_name = "PATH|stock", value_parser = GivenKernel::parse)]
+    pub kernel: Option<GivenKernel>,
     /// Which kernel to build and boot
     #[arg(long, global = true, value_enum, default_value_t)]
     pub flavour: Flavour,
     /// What runs the guest
     #[arg(long, global = true, value_enum, default_value_t)]
     pub accel: Wish,
+    /// The guest's IOMMU [default: intel with the stock kernel, else none]
+    #[arg(long, global = true, value_enum)]
+    pub iommu: Option<Iommu>,
+    /// Which driver gets the device [default: vfio-pci with the stock kernel, else its own]
+    #[arg(long, global = true, value_enum)]
+    pub bind: Option<Bind>,
     /// Machine shape: a name in qemu-config/profiles, or a file
     #[arg(long, global = true, value_name = "NAME|FILE")]
     pub profile: Option<String>,
@@ -43,6 +51,59 @@ pub struct Options {
     /// Show the guest's console
     #[arg(long, short, global = true)]
     pub verbose: bool,
+}
+
+/// A kernel that is not the one the rig builds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum GivenKernel {
+    /// Debian's own.
+    Stock,
+    /// The user's.
+    At(PathBuf),
+}
+
+impl GivenKernel {
+    fn parse(text: &str) -> Result<Self> {
+        Ok(match text {
+            "stock" => Self::Stock,
+            path => Self::At(path.into()),
+        })
+    }
+}
+
+/// Which driver of the guest gets the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Bind {
+    /// The one that hands it to programs.
+    VfioPci,
+    /// Its own, if the guest has that; else none.
+    None,
+}
+
+impl Options {
+    fn is_stock(&self) -> bool {
+        self.kernel == Some(GivenKernel::Stock)
+    }
+
+    /// The guest's IOMMU.
+    pub fn iommu(&self) -> Iommu {
+        let usual = if self.is_stock() {
+            Iommu::Intel
+        } else {
+            Iommu::None
+        };
+        self.iommu.unwrap_or(usual)
+    }
+
+    /// The driver that gets the device.
+    pub fn bind(&self) -> Bind {
+        let usual = if self.is_stock() && !self.no_device {
+            Bind::VfioPci
+        } else {
+            Bind::None
+        };
+        self.bind.unwrap_or(usual)
+    }
 }
 
 /// All that is needed to boot.
@@ -57,8 +118,10 @@ pub struct Rig {
     pub tools: Toolbox,
     /// The kernel's image.
     kernel: PathBuf,
-    /// The driver, unless there is no device.
+    /// The driver, unless there is no device, or the kernel is Debian's own.
     driver: Option<PathBuf>,
+    /// Debian's own kernel, if that is the one.
+    stock: Option<Stock>,
     programs: GuestPrograms,
     applets: Vec<String>,
     options: Options,
@@ -108,10 +171,25 @@ impl Rig {
         let binary = cargo::rig_binary(&cache)?;
         // First what fails soonest, if it fails.
         let programs = cargo::guest_programs(&cache)?;
+        let mut toolboxes = vec![&toolbox::TOOLS];
+        if options.qemu.is_none() && Qemu::of_machine().is_err() {
+            toolboxes.push(&toolbox::QEMU);
+        }
+        if options.is_stock() {
+            toolboxes.push(&toolbox::STOCK);
+        }
+        toolbox::fetch_missing(&cache, &toolboxes)?;
         let qemu = Qemu::get(&cache, options.qemu.as_deref())?;
         let tools = Toolbox::get(&cache, &toolbox::TOOLS)?;
+        let mut stock = None;
         let (kernel, driver) = match &options.kernel {
-            Some(given) => kernel::given(&cache, &binary, given, !options.no_device)?,
+            Some(GivenKernel::Stock) => {
+                let stock = stock.insert(kernel::stock::get(&cache)?);
+                (stock.image.clone(), None)
+            }
+            Some(GivenKernel::At(path)) => {
+                kernel::given(&cache, &binary, path, !options.no_device)?
+            }
             None => kernel::get(&cache, &binary, options.flavour, !options.no_device)?,
         };
         let busybox = busybox(&tools);
@@ -129,6 +207,7 @@ impl Rig {
             tools,
             kernel,
             driver,
+            stock,
             programs,
             applets,
             options,
@@ -146,6 +225,9 @@ impl Rig {
         archive.file(Path::new("/bin/extlb-tour"), &self.programs.tour)?;
         if let Some(driver) = &self.driver {
             archive.file(Path::new("/extlb.ko"), driver)?;
+        }
+        if let Some(stock) = &self.stock {
+            self.add_modules(stock, &mut archive)?;
         }
         Ok(archive)
     }
@@ -207,6 +289,7 @@ impl Rig {
             initramfs: PathBuf::new(),
             command_line: self.command_line(accelerator, &guest.append),
             disks: guest.disks.clone(),
+            iommu: self.options.iommu(),
             device: None,
         };
         let device = (!self.options.no_device).then(|| DeviceServer {
@@ -214,7 +297,11 @@ impl Rig {
             config: guest.device.clone(),
         });
         let mut setup = guest.setup.clone();
-        setup.expect_device = device.is_some();
+        setup.bind = match self.options.bind() {
+            Bind::VfioPci => Some("vfio-pci".to_owned()),
+            Bind::None => None,
+        };
+        setup.expect_device = device.is_some() && self.driver.is_some() && setup.bind.is_none();
         let mut vm = Vm::start(Start {
             cache: &self.cache,
             qemu: &self.qemu,
@@ -249,6 +336,28 @@ impl Rig {
         bail!("{why}\n{}", outcome.last_words.join("\n"));
     }
 
+    /// Puts the stock kernel's modules into the guest, and the list of those to load.
+    fn add_modules(&self, stock: &Stock, archive: &mut Archive) -> Result<()> {
+        let folder = Path::new("/lib/modules").join(&stock.release);
+        let path = |module: &Module| folder.join(format!("{}.ko", module.name));
+        for module in &stock.modules {
+            archive.file(&path(module), &module.path)?;
+        }
+        archive.text(&folder.join("modules.dep"), &stock.modules_dep(), 0o644)?;
+        let mut names = vec!["virtio_blk"];
+        if self.options.iommu() == Iommu::Virtio {
+            names.push("virtio_iommu");
+        }
+        if self.options.bind() == Bind::VfioPci {
+            names.extend(["vfio_iommu_type1", "iommufd", "vfio_pci"]);
+        }
+        let modules = stock.modules_for(&names).into_iter();
+        let list: String = modules
+            .map(|module| format!("{}\n", path(module).display()))
+            .collect();
+        archive.text(Path::new(MODULES_FILE), &list, 0o644)
+    }
+
     fn command_line(&self, accelerator: Accelerator, append: &str) -> String {
         // Warnings and worse; everything if somebody looks on.
         let level = if self.options.verbose { 7 } else { 5 };
@@ -262,6 +371,12 @@ impl Rig {
             // Emulated processors wait for real ones: what looks stuck may just not be running.
             words.push("rcupdate.rcu_cpu_stall_timeout=120".to_owned());
             words.push("sysctl.kernel.watchdog_thresh=60".to_owned());
+        }
+        match self.options.iommu() {
+            Iommu::None => {}
+            Iommu::Intel => words.push("intel_iommu=on".to_owned()),
+            // It does not remap interrupts, and a guest's device is no danger to anybody else.
+            Iommu::Virtio => words.push("vfio_iommu_type1.allow_unsafe_interrupts=1".to_owned()),
         }
         words.push(append.to_owned());
         words.join(" ")

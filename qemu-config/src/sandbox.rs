@@ -35,7 +35,7 @@ pub struct Arguments {
     root: PathBuf,
     /// Folders seen inside, as FROM and TO in turn.
     #[arg(long, num_args = 2, action = clap::ArgAction::Append)]
-    bind: Vec<PathBuf>,
+    mount: Vec<PathBuf>,
     /// Working directory inside.
     #[arg(long)]
     cwd: PathBuf,
@@ -54,7 +54,7 @@ pub fn command(rig: &Path, root: &Path, binds: &[Bind], cwd: &str, program: &str
         .arg("--cwd")
         .arg(cwd);
     for bind in binds {
-        command.arg("--bind").arg(&bind.from).arg(&bind.to);
+        command.arg("--mount").arg(&bind.from).arg(&bind.to);
     }
     command.arg("--").arg(program);
     command.env_clear();
@@ -86,7 +86,7 @@ pub fn enter(arguments: &Arguments) -> Result<Infallible> {
             MsFlags::MS_BIND | MsFlags::MS_REC,
         )?;
     }
-    let pairs = arguments.bind.chunks_exact(2);
+    let pairs = arguments.mount.chunks_exact(2);
     for (from, to) in pairs.map(|pair| (&pair[0], &pair[1])) {
         let to = root.join(
             to.strip_prefix("/")

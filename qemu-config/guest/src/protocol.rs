@@ -13,10 +13,14 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// Number of this protocol; the two ends must agree.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Name of the virtio serial port.
 pub const PORT_NAME: &str = "extlb.agent";
+
+/// A file of the guest that names the modules to load before anything else, one absolute path a line,
+/// in this order. Words `NAME.PARAMETER=VALUE` of the kernel's command line go to the module NAME.
+pub const MODULES_FILE: &str = "/etc/extlb-modules";
 
 /// Largest header of a frame, in bytes (arguments and environment of a command travel in it).
 pub const MAX_HEADER: usize = 1 << 20;
@@ -39,8 +43,10 @@ pub struct Window {
 /// What the agent sets up before a program runs.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Setup {
-    /// The device is attached: the agent waits until the driver offers it, or says why not.
+    /// The device is attached: the agent waits until the kernel's driver offers it, or says why not.
     pub expect_device: bool,
+    /// The driver that the device is handed to instead of its own (`vfio-pci`).
+    pub bind: Option<String>,
     /// Disk with an ext4 file system, by its serial number, to be mounted read-only.
     pub input: Option<Mount>,
     /// Disk to swap to, by its serial number. Its content is lost.
@@ -95,7 +101,8 @@ impl Exit {
 pub enum ToGuest {
     /// First message; answered by [`ToRig::Ready`] or [`ToRig::Failed`].
     Setup(Setup),
-    /// Runs a program; one at a time. Answered by output and then [`ToRig::Exited`].
+    /// Runs a program; one at a time. The agent adds `EXTLB_BDF`, the device's address on the bus (as
+    /// in sysfs), to its environment if the device is there. Answered by output and then [`ToRig::Exited`].
     Exec(Exec),
     /// The body is standard input of the running program.
     Stdin,

@@ -5,6 +5,7 @@
 
 mod config;
 mod make;
+pub mod stock;
 
 use std::fs;
 use std::path::{Path, PathBuf};

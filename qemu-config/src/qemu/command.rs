@@ -20,6 +20,18 @@ pub struct Disk {
     pub read_only: bool,
 }
 
+/// What translates the addresses that devices put on the guest's bus.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Iommu {
+    /// Nothing: bus addresses are the guest's physical addresses.
+    #[default]
+    None,
+    /// Intel VT-d, with interrupt remapping.
+    Intel,
+    /// virtio-iommu.
+    Virtio,
+}
+
 /// The machine to start.
 #[derive(Clone, Debug)]
 pub struct Machine {
@@ -37,6 +49,8 @@ pub struct Machine {
     pub command_line: String,
     /// Disks, in order.
     pub disks: Vec<Disk>,
+    /// The IOMMU.
+    pub iommu: Iommu,
     /// The device server's socket, relative to QEMU's working directory or absolute.
     pub device: Option<PathBuf>,
 }
@@ -45,14 +59,31 @@ pub struct Machine {
 ///
 /// The guest's memory has to be shared: the device reads and writes it directly.
 pub fn device_arguments(socket: &Path, memory: u64) -> Result<Vec<String>> {
+    let mut arguments = shared_memory(memory);
+    arguments.extend(["-device".to_owned(), device_value(socket)?.to_string()]);
+    Ok(arguments)
+}
+
+fn device_value(socket: &Path) -> Result<serde_json::Value> {
     let socket = socket.to_str().context("the socket's path is not UTF-8")?;
-    let device = json!({
+    Ok(json!({
         "driver": "vfio-user-pci",
         "socket": { "type": "unix", "path": socket },
-    });
-    let mut arguments = shared_memory(memory);
-    arguments.extend(["-device".to_owned(), device.to_string()]);
-    Ok(arguments)
+    }))
+}
+
+/// The device's name in QEMU's monitor.
+pub const DEVICE_ID: &str = "extlb";
+/// The name of the PCIe port that it is plugged into.
+pub const PORT_ID: &str = "port1";
+
+/// The device in a port of its own, so that it can be unplugged; the same value plugs it in again
+/// through the monitor.
+pub fn plugged_device(socket: &Path) -> Result<serde_json::Value> {
+    let mut device = device_value(socket)?;
+    device["id"] = json!(DEVICE_ID);
+    device["bus"] = json!(PORT_ID);
+    Ok(device)
 }
 
 fn shared_memory(memory: u64) -> Vec<String> {
@@ -94,6 +125,11 @@ pub fn add_arguments(command: &mut Command, machine: &Machine) -> Result<()> {
         Accelerator::Kvm => "host",
         Accelerator::Tcg => "max,la57=off",
     };
+    // Interrupt remapping needs the interrupt controller in QEMU.
+    let machine_type = match (machine.accelerator, machine.iommu) {
+        (Accelerator::Kvm, Iommu::Intel) => "q35,kernel-irqchip=split",
+        _ => "q35",
+    };
     let accelerator = match machine.accelerator {
         Accelerator::Kvm => "kvm",
         Accelerator::Tcg => "tcg,thread=multi",
@@ -106,7 +142,7 @@ pub fn add_arguments(command: &mut Command, machine: &Machine) -> Result<()> {
             "-display",
             "none",
         ])
-        .args(["-machine", "q35", "-accel", accelerator, "-cpu", cpu])
+        .args(["-machine", machine_type, "-accel", accelerator, "-cpu", cpu])
         .arg("-smp")
         .arg(machine.smp.to_string())
         .arg("-kernel")
@@ -121,6 +157,15 @@ pub fn add_arguments(command: &mut Command, machine: &Machine) -> Result<()> {
             "-serial",
             "chardev:console",
         ])
+        // It has to be there before the devices that it translates for.
+        .args(match machine.iommu {
+            Iommu::None => &[][..],
+            Iommu::Intel => &[
+                "-device",
+                "intel-iommu,caching-mode=on,aw-bits=48,intremap=on",
+            ],
+            Iommu::Virtio => &["-device", "virtio-iommu-pci"],
+        })
         .args(["-chardev", "socket,id=agent,fd=0"])
         .args(["-device", "virtio-serial-pci"])
         .arg("-device")
@@ -135,10 +180,12 @@ pub fn add_arguments(command: &mut Command, machine: &Machine) -> Result<()> {
             disk.serial
         ));
     }
-    match &machine.device {
-        Some(socket) => command.args(device_arguments(socket, machine.memory)?),
-        None => command.args(shared_memory(machine.memory)),
-    };
+    command.args(shared_memory(machine.memory));
+    if let Some(socket) = &machine.device {
+        let port = format!("pcie-root-port,id={PORT_ID},chassis=1,slot=1");
+        command.args(["-device", &port]).arg("-device");
+        command.arg(plugged_device(socket)?.to_string());
+    }
     Ok(())
 }
 
@@ -176,15 +223,16 @@ mod tests {
                 image: "/s".into(),
                 read_only: false,
             }],
+            iommu: Iommu::Intel,
             device: Some("device.sock".into()),
         };
         let mut command = Command::new("qemu");
         add_arguments(&mut command, &machine).unwrap();
         let text: Vec<_> = command.get_args().map(|a| a.to_string_lossy()).collect();
         assert!(text.iter().any(|a| *a == "max,la57=off"));
-        assert!(
-            text.iter()
-                .any(|a| *a == "virtio-blk-pci,drive=disk0,serial=swap")
-        );
+        let at = |what: &str| text.iter().position(|a| a.contains(what)).unwrap();
+        at("virtio-blk-pci,drive=disk0,serial=swap");
+        assert!(at("intel-iommu,") < at("vfio-user-pci"));
+        assert!(at("pcie-root-port,id=port1") < at("vfio-user-pci"));
     }
 }

@@ -6,7 +6,6 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
-use super::Recipe;
 use crate::child;
 use crate::paths::{Cache, remove_tree};
 use crate::progress::Step;
@@ -30,6 +29,17 @@ pub struct Package {
     pub size: u64,
     /// Checksum as apt prints it (kind and value).
     pub hash: String,
+}
+
+/// What is asked of apt.
+#[derive(Clone, Copy, Debug)]
+pub struct Request<'a> {
+    /// Names of packages.
+    pub packages: &'a [String],
+    /// Whether they may come from backports.
+    pub backports: bool,
+    /// Whether what they depend on comes along.
+    pub dependencies: bool,
 }
 
 /// apt with a folder of its own; needs no privilege and changes nothing of the machine's.
@@ -79,19 +89,28 @@ impl Apt {
         )
     }
 
+    /// The packages that (empty) packages depend on, alternatives left out.
+    pub fn depends_of(&self, packages: &[&str]) -> Result<Vec<String>> {
+        let mut command = Command::new("apt-cache");
+        command.env("APT_CONFIG", &self.config).env("LC_ALL", "C");
+        // Of the release itself: it has the higher priority (backports are taken only if asked for).
+        command.args(["depends", "--important", "--no-pre-depends"]);
+        let text = child::output(command.args(packages))
+            .context("the mirror does not have the packages needed")?;
+        parse_depends(&text).with_context(|| format!("{} names nothing", packages.join(" ")))
+    }
+
     /// Asks apt which packages are needed, their dependencies among them.
-    pub fn resolve(
-        &self,
-        packages: &[&str],
-        backports: bool,
-        dependencies: bool,
-    ) -> Result<Vec<Package>> {
-        let mut command = self.request(backports, dependencies);
-        let text = child::output(command.arg("--print-uris").args(packages))
+    pub fn resolve(&self, request: &Request<'_>) -> Result<Vec<Package>> {
+        let mut command = self.request(request);
+        let text = child::output(command.arg("--print-uris").args(request.packages))
             .context("the mirror does not have the packages needed")?;
         let mut found = parse_uris(&text)?;
         if found.is_empty() {
-            bail!("apt resolved no packages for {}", packages.join(" "));
+            bail!(
+                "apt resolved no packages for {}",
+                request.packages.join(" ")
+            );
         }
         // base-files has the links of the root folder, which the others are unpacked through.
         found.sort_by_key(|package| {
@@ -107,18 +126,17 @@ impl Apt {
     pub fn download(
         &self,
         wanted: &[Package],
-        recipe: &Recipe,
-        logs: &Path,
+        request: &Request<'_>,
+        log: &Path,
         step: &mut Step,
     ) -> Result<Vec<PathBuf>> {
         let total: u64 = wanted.iter().map(|package| package.size).sum();
-        let log = logs.join(format!("download-{}.log", recipe.name));
-        let mut command = self.request(recipe.backports, recipe.dependencies);
-        command.args(recipe.packages).current_dir(&self.archives);
-        if recipe.dependencies {
+        let mut command = self.request(request);
+        command.args(request.packages).current_dir(&self.archives);
+        if request.dependencies {
             command.arg("--download-only");
         }
-        child::run(&mut command, &log, step, || {
+        child::run(&mut command, log, step, || {
             let mega = |bytes: u64| bytes.div_ceil(1 << 20);
             format!("{} of {} MiB", mega(size_of(&self.archives)), mega(total))
         })?;
@@ -148,16 +166,20 @@ impl Apt {
         command
     }
 
-    fn request(&self, backports: bool, dependencies: bool) -> Command {
+    fn request(&self, request: &Request<'_>) -> Command {
         let mut command = self.command();
         command.args(["--yes", "--no-install-recommends"]);
-        let release = if backports {
+        let release = if request.backports {
             format!("{SUITE}-backports")
         } else {
             SUITE.to_owned()
         };
         command.arg(format!("--target-release={release}"));
-        command.arg(if dependencies { "install" } else { "download" });
+        command.arg(if request.dependencies {
+            "install"
+        } else {
+            "download"
+        });
         command
     }
 }
@@ -168,7 +190,11 @@ fn configuration(folder: &Path, sources: &Path) -> Result<String> {
     let dump = child::output(Command::new("apt-config").arg("dump"))
         .context("this machine has no working apt; give the pieces by hand (--qemu, --kernel)")?;
     let mut text = String::new();
-    for line in dump.lines().filter(|line| line.starts_with("Acquire::")) {
+    // What a machine fetches beside the lists of packages (translations, descriptions of desktop
+    // programs) is not needed here.
+    let ours =
+        |line: &&str| line.starts_with("Acquire::") && !line.starts_with("Acquire::IndexTargets::");
+    for line in dump.lines().filter(ours) {
         text.push_str(line);
         text.push('\n');
     }
@@ -178,6 +204,7 @@ fn configuration(folder: &Path, sources: &Path) -> Result<String> {
         ("APT::Architecture", "amd64".to_owned()),
         ("APT::Sandbox::User", "".to_owned()),
         ("APT::Get::List-Cleanup", "false".to_owned()),
+        ("Acquire::GzipIndexes", "false".to_owned()),
         ("Acquire::Languages", "none".to_owned()),
         ("Acquire::Retries", "3".to_owned()),
         ("Debug::NoLocking", "true".to_owned()),
@@ -263,6 +290,17 @@ fn parse_uris(text: &str) -> Result<Vec<Package>> {
     Ok(found)
 }
 
+/// Reads apt-cache's list of dependencies. The first of several alternatives is marked by a bar.
+fn parse_depends(text: &str) -> Option<Vec<String>> {
+    let named = text.lines().filter_map(|line| {
+        let name = line.trim_start().strip_prefix("Depends: ")?;
+        // A virtual package, or one of another architecture, is nothing that can be unpacked.
+        (!name.starts_with('<') && !name.contains(':')).then(|| name.trim().to_owned())
+    });
+    let named: Vec<String> = named.collect();
+    (!named.is_empty()).then_some(named)
+}
+
 fn size_of(folder: &Path) -> u64 {
     let files = crate::paths::files_under(folder).unwrap_or_default();
     files
@@ -293,6 +331,17 @@ mod tests {
         assert_eq!(choose_site(targets).unwrap(), "http://m.example/debian");
         assert_eq!(choose_site("https://x.example/node||main|\n"), None);
         assert_eq!(choose_site(""), None);
+    }
+
+    #[test]
+    fn what_an_empty_package_stands_for_is_read() {
+        let text = "linux-image-cloud-amd64\n  Depends: linux-image-6.12.1+deb13-cloud-amd64\n\
+                    \x20|Depends: one\n  Depends: <virtual>\n  Recommends: other\n";
+        assert_eq!(
+            parse_depends(text).unwrap(),
+            ["linux-image-6.12.1+deb13-cloud-amd64"]
+        );
+        assert_eq!(parse_depends("base\n"), None);
     }
 
     #[test]

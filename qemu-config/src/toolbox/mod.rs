@@ -10,24 +10,27 @@
 
 mod apt;
 
+use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
 
 use crate::child;
 use crate::paths::{Cache, Key, remove_tree};
 use crate::progress::Step;
-use apt::Apt;
 pub use apt::find_site as mirror;
+use apt::{Apt, Request};
 
 /// Raised when unpacking changes, so that old toolboxes are not taken for new ones.
 const LAYOUT: &str = "1";
 
 /// What a toolbox is made of.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Recipe {
     /// Short name, part of folder names.
     pub name: &'static str,
@@ -36,10 +39,33 @@ pub struct Recipe {
     packages: &'static [&'static str],
     /// Whether packages may come from backports.
     backports: bool,
-    /// Whether what the packages depend on comes along.
-    dependencies: bool,
+    /// What comes along.
+    dependencies: Dependencies,
     /// Links that maintainer scripts would have made: (link, target).
     links: &'static [(&'static str, &'static str)],
+}
+
+/// What is fetched beside the packages that a recipe names.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Dependencies {
+    /// Nothing.
+    None,
+    /// All that they depend on.
+    All,
+    /// The packages named are empty; meant are those that they depend on, and nothing beyond.
+    Instead,
+}
+
+/// Printed as the truth value that it was before there were three: a recipe's key, and with it the
+/// key of every kernel that was built with a toolbox, is made of this text.
+impl fmt::Debug for Dependencies {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::None => "false",
+            Self::All => "true",
+            Self::Instead => "instead",
+        })
+    }
 }
 
 /// QEMU with a vfio-user client.
@@ -48,7 +74,7 @@ pub const QEMU: Recipe = Recipe {
     what: "QEMU",
     packages: &["qemu-system-x86"],
     backports: true,
-    dependencies: true,
+    dependencies: Dependencies::All,
     links: &[],
 };
 
@@ -58,7 +84,7 @@ pub const TOOLS: Recipe = Recipe {
     what: "the guest's tools",
     packages: &["busybox-static", "e2fsprogs"],
     backports: false,
-    dependencies: true,
+    dependencies: Dependencies::All,
     links: &[],
 };
 
@@ -91,7 +117,7 @@ pub const BUILD: Recipe = Recipe {
         "cpio",
     ],
     backports: false,
-    dependencies: true,
+    dependencies: Dependencies::All,
     links: &[
         ("usr/bin/sh", "bash"),
         ("usr/bin/awk", "mawk"),
@@ -106,7 +132,18 @@ pub const SOURCE: Recipe = Recipe {
     what: "the kernel's source",
     packages: &["linux-source-6.12"],
     backports: false,
-    dependencies: false,
+    dependencies: Dependencies::None,
+    links: &[],
+};
+
+/// Debian's own kernel and its modules, as it is. The flavour for machines in clouds has all that a
+/// guest of QEMU needs and a third of the size.
+pub const STOCK: Recipe = Recipe {
+    name: "stock",
+    what: "Debian's kernel",
+    packages: &["linux-image-cloud-amd64"],
+    backports: false,
+    dependencies: Dependencies::Instead,
     links: &[],
 };
 
@@ -139,11 +176,8 @@ impl Toolbox {
         if let Some(toolbox) = Self::find(cache, recipe) {
             return Ok(toolbox);
         }
-        let _lock = cache.lock(recipe.name)?;
-        if let Some(toolbox) = Self::find(cache, recipe) {
-            return Ok(toolbox);
-        }
-        make(cache, recipe).with_context(|| format!("cannot fetch {}", recipe.what))
+        fetch_missing(cache, &[recipe])?;
+        Self::find(cache, recipe).with_context(|| format!("{} went away", recipe.what))
     }
 
     /// A program of the toolbox, run without chroot: by the toolbox's own loader and libraries, so
@@ -184,16 +218,58 @@ fn folder(cache: &Cache, recipe: &Recipe, key: &str) -> PathBuf {
         .join(format!("toolbox/{}-{key}", recipe.name))
 }
 
-fn make(cache: &Cache, recipe: &Recipe) -> Result<Toolbox> {
-    let logs = cache.path("log/x")?.with_file_name("");
-    let apt = Apt::prepare(cache, recipe.name)?;
-    let mut step = Step::begin(format!("reading package lists for {}", recipe.what));
-    apt.update(&logs, &mut step)?;
-    let wanted = apt.resolve(recipe.packages, recipe.backports, recipe.dependencies)?;
-    step.done();
+/// Fetches and unpacks what is missing of several toolboxes, reading the package lists once.
+///
+/// # Errors
+/// When the machine has no apt or no mirror, or fetching or unpacking fails.
+pub fn fetch_missing(cache: &Cache, recipes: &[&Recipe]) -> Result<()> {
+    let absent = |recipe: &&&Recipe| Toolbox::find(cache, recipe).is_none();
+    let mut recipes: Vec<&Recipe> = recipes.iter().filter(absent).copied().collect();
+    // Everybody takes the locks in the same order.
+    recipes.sort_by_key(|recipe| recipe.name);
+    let mut locks = Vec::new();
+    for recipe in &recipes {
+        locks.push(cache.lock(recipe.name)?);
+    }
+    recipes.retain(|recipe| absent(&recipe));
+    let Some(first) = recipes.first() else {
+        return Ok(());
+    };
+    let what = recipes.iter().map(|recipe| recipe.what);
+    let what = what.collect::<Vec<_>>().join(", ");
+    let make_all = || -> Result<()> {
+        let logs = cache.path("log/x")?.with_file_name("");
+        let apt = Apt::prepare(cache, first.name)?;
+        let mut step = Step::begin(format!("reading package lists for {what}"));
+        apt.update(&logs, &mut step)?;
+        step.done();
+        for recipe in &recipes {
+            make(cache, &apt, &logs, recipe)?;
+        }
+        apt.forget_downloads();
+        Ok(())
+    };
+    make_all().with_context(|| format!("cannot fetch {what}"))
+}
 
+fn make(cache: &Cache, apt: &Apt, logs: &Path, recipe: &Recipe) -> Result<()> {
     let mut step = Step::begin(format!("downloading {}", recipe.what));
-    let files = apt.download(&wanted, recipe, &logs, &mut step)?;
+    let named: Vec<String> = match recipe.dependencies {
+        Dependencies::Instead => apt.depends_of(recipe.packages)?,
+        _ => recipe
+            .packages
+            .iter()
+            .map(|name| name.to_string())
+            .collect(),
+    };
+    let request = Request {
+        packages: &named,
+        backports: recipe.backports,
+        dependencies: recipe.dependencies == Dependencies::All,
+    };
+    let wanted = apt.resolve(&request)?;
+    let log = logs.join(format!("download-{}.log", recipe.name));
+    let files = apt.download(&wanted, &request, &log, &mut step)?;
     step.done();
 
     let key = wanted
@@ -204,15 +280,7 @@ fn make(cache: &Cache, recipe: &Recipe) -> Result<Toolbox> {
         .finish();
     let scratch = cache.scratch(&format!("toolbox-{}", recipe.name))?;
     let mut step = Step::begin(format!("unpacking {}", recipe.what));
-    for (index, file) in files.iter().enumerate() {
-        let log = logs.join(format!("unpack-{}.log", recipe.name));
-        child::run(
-            Command::new("dpkg").arg("-x").arg(file).arg(&scratch),
-            &log,
-            &mut step,
-            || format!("package {} of {}", index + 1, files.len()),
-        )?;
-    }
+    unpack(&files, &scratch, &mut step)?;
     for (link, target) in recipe.links {
         let link = scratch.join(link);
         if link.symlink_metadata().is_err() {
@@ -235,9 +303,39 @@ fn make(cache: &Cache, recipe: &Recipe) -> Result<Toolbox> {
     publish(
         &pointer(cache, recipe)?,
         &serde_json::to_vec_pretty(&toolbox)?,
-    )?;
-    apt.forget_downloads();
-    Ok(toolbox)
+    )
+}
+
+/// Unpacks packages into one folder: the first alone (it may hold the links that the others' files
+/// go through), then as many at once as there are cores.
+fn unpack(files: &[PathBuf], to: &Path, step: &mut Step) -> Result<()> {
+    let unpack_one =
+        |file: &PathBuf| child::output(Command::new("dpkg").arg("-x").arg(file).arg(to)).map(drop);
+    let Some((first, rest)) = files.split_first() else {
+        return Ok(());
+    };
+    unpack_one(first)?;
+    let next = AtomicUsize::new(0);
+    let workers = std::thread::available_parallelism().map_or(2, usize::from);
+    std::thread::scope(|scope| {
+        let work = || -> Result<()> {
+            while let Some(file) = rest.get(next.fetch_add(1, Ordering::Relaxed)) {
+                // A failure leaves the rest to the others, who are soon through.
+                unpack_one(file)?;
+            }
+            Ok(())
+        };
+        let workers: Vec<_> = (0..workers).map(|_| scope.spawn(work)).collect();
+        while workers.iter().any(|worker| !worker.is_finished()) {
+            let begun = next.load(Ordering::Relaxed).min(rest.len());
+            step.tick(|| format!("package {} of {}", begun + 1, files.len()));
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        for worker in workers {
+            worker.join().map_err(|_| anyhow!("unpacking panicked"))??;
+        }
+        Ok(())
+    })
 }
 
 /// Writes a file so that others see all of it or none.

@@ -4,6 +4,7 @@
 //! thread per stream and one that waits for its end. All of them send through one [`Link`].
 
 mod link;
+mod pci;
 mod program;
 mod reaper;
 mod system;
@@ -28,6 +29,7 @@ pub fn main() -> Result<Infallible> {
         bail!("this program is process 1 of the guest and nothing else");
     }
     system::mount_all()?;
+    system::load_modules()?;
     system::prepare_console();
     let reaper = Reaper::start()?;
     let (mut requests, link) = link::open()?;
@@ -49,7 +51,10 @@ pub fn main() -> Result<Infallible> {
                 };
                 link.send(&answer)?;
             }
-            ToGuest::Exec(exec) => {
+            ToGuest::Exec(mut exec) => {
+                if let Some(bdf) = pci::find() {
+                    exec.env.push(("EXTLB_BDF".to_owned(), bdf));
+                }
                 if program.as_ref().is_some_and(Program::is_running) {
                     link.send(&ToRig::Failed {
                         what: "a program is already running".into(),

@@ -13,7 +13,8 @@ use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::protocol::{Mount, Setup};
+use super::pci;
+use crate::protocol::{MODULES_FILE, Mount, Setup};
 
 /// Where the rig puts the driver.
 const DRIVER: &str = "/extlb.ko";
@@ -76,9 +77,25 @@ pub fn kernel_release() -> String {
         .unwrap_or_default()
 }
 
+/// Loads the modules that the rig has listed; among them may be those without which the channel to
+/// the rig does not come up.
+pub fn load_modules() -> Result<()> {
+    let list = match fs::read_to_string(MODULES_FILE) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        list => list.context(MODULES_FILE)?,
+    };
+    list.lines().try_for_each(|module| load(Path::new(module)))
+}
+
 /// Loads the driver and brings the disks into place.
 pub fn set_up(setup: &Setup) -> Result<()> {
-    load_driver()?;
+    // Before the device's own driver is there to take it.
+    if let Some(driver) = &setup.bind {
+        pci::bind(driver)?;
+    }
+    if Path::new(DRIVER).exists() {
+        load(Path::new(DRIVER))?;
+    }
     if setup.expect_device {
         wait_for(Path::new(DEVICE_NODE)).with_context(|| {
             format!("the driver was loaded and did not offer {DEVICE_NODE}; see the kernel's log")
@@ -96,17 +113,16 @@ pub fn set_up(setup: &Setup) -> Result<()> {
     Ok(())
 }
 
-fn load_driver() -> Result<()> {
-    let driver = match File::open(DRIVER) {
-        Ok(driver) => driver,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(error).context(DRIVER),
-    };
+/// Loads a module, with its parameters from the kernel's command line.
+fn load(module: &Path) -> Result<()> {
+    let file = File::open(module).with_context(|| module.display().to_string())?;
+    let name = module.file_stem().unwrap_or_default().to_string_lossy();
     let command_line = fs::read_to_string("/proc/cmdline").context("/proc/cmdline")?;
-    let parameters = std::ffi::CString::new(module_parameters(&command_line, "extlb."))?;
-    match finit_module(driver, &parameters, ModuleInitFlags::empty()) {
+    let parameters = module_parameters(&command_line, &format!("{name}."));
+    let parameters = std::ffi::CString::new(parameters)?;
+    match finit_module(file, &parameters, ModuleInitFlags::empty()) {
         Ok(()) | Err(nix::errno::Errno::EEXIST) => Ok(()),
-        Err(error) => Err(error).with_context(|| format!("cannot load {DRIVER}")),
+        Err(error) => Err(error).with_context(|| format!("cannot load {}", module.display())),
     }
 }
 
@@ -149,7 +165,7 @@ fn find_disk(serial: &str) -> Result<PathBuf> {
     }
 }
 
-fn wait_for(path: &Path) -> Result<()> {
+pub fn wait_for(path: &Path) -> Result<()> {
     let start = Instant::now();
     while !path.exists() {
         if start.elapsed() > PROBE_WAIT {

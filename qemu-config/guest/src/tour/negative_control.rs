@@ -73,7 +73,10 @@ impl Drop for Anchored {
         let undone = munlockall()
             .and(nix::sys::prctl::set_thp_disable(false))
             .map_err(std::io::Error::from)
-            .and(std::fs::write(COMPACT_UNEVICTABLE, &self.compact_unevictable));
+            .and(std::fs::write(
+                COMPACT_UNEVICTABLE,
+                &self.compact_unevictable,
+            ));
         if let Err(error) = undone {
             eprintln!("memory could not be let go again: {error}");
         }
