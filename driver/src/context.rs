@@ -9,7 +9,7 @@ use extlb_spec::uapi::{self, Audit, Info, Stats};
 use extlb_spec::{Iova, PAGE_SIZE, context, uapi::create};
 
 use crate::error::{Error, Refused, Result};
-use crate::memory_unsafe::{Backing, BackingContext, Fork, Sharing};
+use crate::memory_unsafe::{Access, Backing, BackingContext, Fork, Sharing};
 use crate::queue::Queue;
 use crate::region::{Mapping, Region};
 use crate::slice_unsafe::{Slice, SliceMut};
@@ -200,7 +200,7 @@ impl<B: Backing> Context<B> {
     pub fn register_addresses(&self, range: Range<Iova>) -> Result<Registration<B>> {
         let len = range.end.0.checked_sub(range.start.0);
         let len = len.ok_or(Error::Argument("a range that ends before it starts"))?;
-        let handle = self.inner().register(range.start, len)?;
+        let handle = self.inner().register(range.start, len, Access::Exclusive)?;
         Ok(Registration {
             context: self.inner().clone(),
             handle: Some(handle),

@@ -239,7 +239,7 @@ unsafe impl BackingContext for KernelContext {
         self.number
     }
 
-    fn register(&self, addr: Iova, len: u64) -> Result<u32> {
+    fn register(&self, addr: Iova, len: u64, _: Access) -> Result<u32> {
         let mut register = Register {
             addr: addr.0,
             len,

@@ -91,6 +91,7 @@ pub mod inprocess;
 mod kernel_unsafe;
 mod memory_unsafe;
 mod operation;
+mod protocol;
 mod queue;
 mod raw_unsafe;
 mod region;
@@ -99,6 +100,7 @@ mod slice_unsafe;
 mod submit;
 pub mod userspace;
 mod wait;
+pub mod workloads;
 
 pub use context::{Context, Device, Follow, Options, Registration};
 pub use error::{Error, Nonsense, Refused, Result};

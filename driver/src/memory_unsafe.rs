@@ -32,6 +32,13 @@ pub unsafe trait Backing: Send + Sync + Sized + 'static {
     /// Makes a context whose ring of `1 << ring_log2` descriptors is at `ring`. `flags` are the
     /// create flags of the driver's interface.
     fn create(&self, ring: Iova, ring_log2: u32, flags: u32) -> Result<Self::Context>;
+    /// Resets the device and starts it afresh. Contexts from before are dead, new ones work.
+    ///
+    /// # Errors
+    /// [`crate::Error::Unsupported`] if the device is not this program's to reset.
+    fn restart(&self) -> Result<()> {
+        Err(crate::Error::Unsupported("a restart"))
+    }
 }
 
 /// What a child process gets of memory.
@@ -61,7 +68,8 @@ pub unsafe trait BackingContext: Send + Sync + 'static {
     /// Number of the context.
     fn number(&self) -> u32;
     /// Lets the device use `[addr, addr + len)`, multiples of the page size; returns a handle.
-    fn register(&self, addr: Iova, len: u64) -> Result<u32>;
+    /// The device has no business with writing to memory that is [`Access::ReadOnly`].
+    fn register(&self, addr: Iova, len: u64, access: Access) -> Result<u32>;
     /// Takes a registration back; see the trait's promise.
     fn unregister(&self, handle: u32) -> Result<()>;
     /// Writes the doorbell.
@@ -174,6 +182,24 @@ pub(crate) fn words<M: Memory>(memory: &M) -> &[AtomicU32] {
     // `memory` lives, and that only its holder and devices access it. The library makes no other
     // view of ring memory than this one, and atomics may be shared with the device.
     unsafe { std::slice::from_raw_parts(memory.addr().cast().as_ptr(), memory.len() / 4) }
+}
+
+/// The same as double words.
+pub(crate) fn double_words<M: Memory>(memory: &M) -> &[AtomicU64] {
+    assert_eq!(memory.access(), Access::Exclusive);
+    // SAFETY: as in `words`. A location is only ever accessed with one size at a time: what
+    // is words in one structure and double words in the next is zeroed in between, while nobody
+    // else knows it.
+    unsafe { std::slice::from_raw_parts(memory.addr().cast().as_ptr(), memory.len() / 8) }
+}
+
+/// A page of exclusively held memory as a context's shadow page.
+pub(crate) fn shadow_page<M: Memory>(memory: &M, page: usize) -> &Shadow {
+    assert_eq!(memory.access(), Access::Exclusive);
+    assert!(page < memory.len() / size_of::<Shadow>());
+    // SAFETY: within the memory, which is mapped read-write as long as it lives, page-aligned, and
+    // accessed by nobody but its holder, here as atomics, and devices.
+    unsafe { Shadow::at(memory.addr().add(page * size_of::<Shadow>())) }
 }
 
 /// Bytes of exclusively held memory.

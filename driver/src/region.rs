@@ -67,7 +67,8 @@ impl<B: Backing> Region<B> {
         context: Arc<B::Context>,
         mapping: Mapping<B>,
     ) -> Result<Arc<Self>, Refused<Mapping<B>>> {
-        match context.register(mapping.addr(), mapping.memory.len() as u64) {
+        let (len, access) = (mapping.memory.len() as u64, mapping.memory.access());
+        match context.register(mapping.addr(), len, access) {
             Ok(handle) => {
                 let Mapping { memory, len } = mapping;
                 Ok(Arc::new(Self {

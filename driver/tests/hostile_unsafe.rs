@@ -123,7 +123,7 @@ unsafe impl BackingContext for LiarContext {
     fn number(&self) -> u32 {
         0
     }
-    fn register(&self, _: Iova, _: u64) -> Result<u32> {
+    fn register(&self, _: Iova, _: u64, _: Access) -> Result<u32> {
         self.script.registered.fetch_add(1, Ordering::Relaxed);
         Ok(1)
     }

@@ -15,8 +15,8 @@ use extlb_spec::{Gpa, Iova, PAGE_SIZE, regs};
 
 use super::InProcess;
 use super::machine::Machine;
+use super::ram::{broken, zeroed};
 use super::ram_unsafe::Window;
-use super::table::{broken, zeroed};
 use crate::error::{Error, Result};
 use crate::memory_unsafe::{Access, Backing, BackingContext, Fork, Memory, Shadow, Sharing, Wake};
 
@@ -203,7 +203,7 @@ unsafe impl BackingContext for InProcessContext {
         self.number
     }
 
-    fn register(&self, addr: Iova, len: u64) -> Result<u32> {
+    fn register(&self, addr: Iova, len: u64, _: Access) -> Result<u32> {
         let end = addr
             .checked_add(len)
             .ok_or(Error::Argument("a range that wraps"))?;

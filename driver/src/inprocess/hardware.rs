@@ -6,10 +6,10 @@ use extlb_device::ports::{Dma, Ignore, Interrupts, Ports, SystemClock};
 use extlb_device::runner::{Bell, Runner};
 use extlb_device::{Config, Device};
 use extlb_spec::regs::{self, Register};
-use extlb_spec::{BAR_DOORBELLS, BAR_REGS, DOORBELL_STRIDE, Gpa, MAX_CONTEXTS};
+use extlb_spec::{BAR_DOORBELLS, BAR_REGS, DOORBELL_STRIDE};
 
-use super::{page_requests, shootdown};
 use crate::error::{Error, Result};
+use crate::protocol::Layout;
 
 /// A device that runs.
 #[derive(Debug)]
@@ -17,15 +17,6 @@ pub(super) struct Hardware {
     device: Arc<Device>,
     /// Ends the threads when dropped.
     _runner: Runner,
-}
-
-/// Where the kernel's structures are.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Layout {
-    pub(super) context_table: Gpa,
-    pub(super) invalidations: Gpa,
-    pub(super) page_requests: Gpa,
-    pub(super) shadow: Gpa,
 }
 
 impl Hardware {
@@ -53,14 +44,7 @@ impl Hardware {
             _runner: runner,
         };
         hardware.device.set_bus_master(true);
-        hardware.write(regs::CTX_TABLE, layout.context_table.0);
-        hardware.write(regs::CTX_COUNT, MAX_CONTEXTS.into());
-        hardware.write(regs::IQ_BASE, layout.invalidations.0);
-        hardware.write(regs::IQ_LOG2, shootdown::LOG2.into());
-        hardware.write(regs::PRQ_BASE, layout.page_requests.0);
-        hardware.write(regs::PRQ_LOG2, page_requests::LOG2.into());
-        hardware.write(regs::SHADOW, layout.shadow.0);
-        hardware.write(regs::CTRL, regs::ctrl::ENABLE.into());
+        layout.start(|register, value| hardware.write(register, value));
         Ok(hardware)
     }
 

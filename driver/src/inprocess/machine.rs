@@ -9,27 +9,28 @@
 //! Serving the acknowledgement needs nothing that the lock protects.
 
 use std::ops::Range;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use extlb_device::GuestRam;
 use extlb_device::ports::{Dma as _, Interrupts};
 use extlb_spec::context::ContextEntry;
-use extlb_spec::invalidation::{AuditResult, Command, CommandKind};
+use extlb_spec::invalidation::{AuditResult, Command};
 use extlb_spec::page_request::Response;
 use extlb_spec::uapi::Audit;
 use extlb_spec::{Gpa, Iova, MAX_CONTEXTS, PAGE_SIZE, Vector, histogram, regs};
 use nix::errno::Errno;
 
-use super::bus::Bus;
 use super::frames::Frames;
-use super::hardware::{Hardware, Layout};
+use super::hardware::Hardware;
+use super::ram::{Zeroed, broken, zeroed};
 use super::ram_unsafe::{MemoryFile, RAM_BASE};
-use super::shootdown::{Invalidations, invalidate, respond, sync};
 use super::space::{Page, Space, pages};
-use super::table::{broken, zeroed};
 use super::{MachineConfig, page_requests};
 use crate::error::{Error, Result};
+use crate::protocol::{
+    Bell, Invalidations, Layout, Port, Requests, audit, invalidate, respond, sync,
+};
 
 const CONTEXT_TABLE_FRAMES: u64 =
     (ContextEntry::SIZE as u64 * MAX_CONTEXTS as u64).div_ceil(PAGE_SIZE);
@@ -68,38 +69,6 @@ impl Default for Shootdowns {
     }
 }
 
-/// Those who sleep until an interrupt comes.
-#[derive(Debug, Default)]
-pub(super) struct Bell {
-    rings: Mutex<u64>,
-    rung: Condvar,
-}
-
-impl Bell {
-    pub(super) fn ring(&self) {
-        *self.rings.lock().unwrap_or_else(PoisonError::into_inner) += 1;
-        self.rung.notify_all();
-    }
-
-    /// How often it rang.
-    pub(super) fn count(&self) -> u64 {
-        *self.rings.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Sleeps until it has rung more often than `seen`, or until the deadline.
-    pub(super) fn wait(&self, seen: u64, deadline: Instant) {
-        let mut rings = self.rings.lock().unwrap_or_else(PoisonError::into_inner);
-        while *rings == seen {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return;
-            }
-            let waited = self.rung.wait_timeout(rings, left);
-            rings = waited.unwrap_or_else(PoisonError::into_inner).0;
-        }
-    }
-}
-
 /// Where interrupts go.
 #[derive(Debug, Default)]
 pub(super) struct Events {
@@ -134,16 +103,25 @@ impl Machine {
         let mut frames = Frames::new(RAM_BASE, config.ram, config.seed);
         let layout = Layout {
             context_table: frames.take_run(CONTEXT_TABLE_FRAMES)?,
-            invalidations: frames.take_run(Invalidations::FRAMES)?,
-            page_requests: frames.take_run(page_requests::FRAMES)?,
+            contexts: MAX_CONTEXTS,
+            invalidations: frames.take_run(Invalidations::PAGES)?,
+            page_requests: frames.take_run(Requests::PAGES)?,
             shadow: frames.take()?,
         };
         let events = Arc::new(Events::default());
-        let memory = Arc::new(Bus::new(ram.clone(), config.bus_delay));
-        let hardware = Hardware::start(config.device, memory, events.clone(), &layout)?;
+        let mut device = config.device;
+        if !config.bus_delay.is_zero() {
+            let delay = u64::try_from(config.bus_delay.as_micros());
+            device.debug.bus_delay_us = delay.unwrap_or(u64::MAX);
+        }
+        let hardware = Hardware::start(device, Arc::new(ram.clone()), events.clone(), &layout)?;
         let machine = Arc::new(Self {
             space: Mutex::new(Space::new(&ram, frames)?),
-            invalidations: Invalidations::new(layout.invalidations, layout.shadow),
+            invalidations: Invalidations::new(
+                layout.invalidations,
+                layout.shadow,
+                Invalidations::PATIENCE,
+            ),
             context_table: layout.context_table,
             shootdowns: Mutex::default(),
             ram,
@@ -151,7 +129,7 @@ impl Machine {
             hardware,
             events,
         });
-        page_requests::spawn(&machine, layout.page_requests, layout.shadow)?;
+        page_requests::spawn(&machine, Requests::new(layout.page_requests, layout.shadow))?;
         Ok(machine)
     }
 
@@ -161,9 +139,7 @@ impl Machine {
 
     /// Commands for the device; see [`Invalidations::send`].
     pub(super) fn send(&self, commands: &[Command], acknowledged: bool) -> Result<()> {
-        let kick = || self.hardware.kick();
-        self.invalidations
-            .send(&self.ram, commands, acknowledged, kick)
+        self.invalidations.send(self, commands, acknowledged)
     }
 
     /// Takes a range from the device of every context, and from the process as `change` says.
@@ -351,7 +327,9 @@ impl Machine {
         self.sync_context(number, &ContextEntry::default())?;
         let mut space = self.lock();
         if let Some(registered) = space.contexts.remove(&number) {
-            registered.device.free(&mut space.frames);
+            registered
+                .device
+                .free(&mut Zeroed::new(&self.ram, &mut space.frames));
         }
         Ok(())
     }
@@ -369,13 +347,7 @@ impl Machine {
     pub(super) fn audit(&self, number: u32) -> Result<Audit> {
         let mut space = self.lock();
         let frame = zeroed(&self.ram, &mut space.frames)?;
-        let command = Command {
-            kind: CommandKind::Audit as u32,
-            context: number,
-            addr: frame.0,
-            ..Command::default()
-        };
-        let sent = self.send(&[command], true);
+        let sent = self.send(&[audit(number, frame)], true);
         let mut bytes = [0; AuditResult::SIZE];
         self.ram.read(frame, &mut bytes).map_err(broken)?;
         if sent.is_ok() {
@@ -402,11 +374,26 @@ impl Machine {
 
     /// Whether the device runs.
     pub(super) fn check(&self) -> Result<()> {
-        let running = self.hardware.read(regs::STATUS) == u64::from(regs::status::ENABLED);
-        if running && !self.invalidations.is_dead() {
-            Ok(())
-        } else {
-            Err(Error::Dead { errno: Errno::EIO })
+        self.invalidations.check()?;
+        self.alive()
+    }
+}
+
+impl Port for Machine {
+    type Memory = GuestRam;
+
+    fn memory(&self) -> &GuestRam {
+        &self.ram
+    }
+
+    fn kick(&self) {
+        self.hardware.kick();
+    }
+
+    fn alive(&self) -> Result<()> {
+        match self.hardware.read(regs::STATUS) == u64::from(regs::status::ENABLED) {
+            true => Ok(()),
+            false => Err(Error::Dead { errno: Errno::EIO }),
         }
     }
 }

@@ -9,15 +9,13 @@
 //! path of a shootdown can be raced by tests: [`InProcess::map`] and what follows it.
 
 mod backing_unsafe;
-mod bus;
 mod frames;
 mod hardware;
 mod machine;
 mod page_requests;
+mod ram;
 mod ram_unsafe;
-mod shootdown;
 mod space;
-mod table;
 
 use std::fs::File;
 use std::ops::Range;
@@ -32,8 +30,8 @@ use extlb_spec::{Gpa, Iova, MAX_CONTEXTS, PAGE_SIZE, context, uapi::create};
 
 pub use backing_unsafe::{InProcessContext, InProcessMemory};
 use machine::Machine;
+use ram::broken;
 use space::{Raw, Space};
-use table::broken;
 
 use crate::error::{Error, Result};
 

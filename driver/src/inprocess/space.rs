@@ -7,8 +7,9 @@ use extlb_device::GuestRam;
 use extlb_spec::{Gpa, Iova, PAGE_SIZE};
 
 use super::frames::Frames;
-use super::table::{Format, Table};
+use super::ram::Zeroed;
 use crate::error::Result;
+use crate::protocol::{Format, PageTable};
 
 /// A page of the process.
 #[derive(Clone, Copy, Debug)]
@@ -35,14 +36,14 @@ pub(super) struct Space {
     pub(super) pages: BTreeMap<Iova, Page>,
     pub(super) raw: BTreeMap<Gpa, Raw>,
     /// The process's own page table, for the oracle.
-    pub(super) cpu: Table,
+    pub(super) cpu: PageTable,
     pub(super) contexts: BTreeMap<u32, Registered>,
 }
 
 /// A context's view of the address space.
 #[derive(Debug)]
 pub(super) struct Registered {
-    pub(super) device: Table,
+    pub(super) device: PageTable,
     /// What is left of each registration, by its handle.
     ranges: BTreeMap<u32, Vec<Range<Iova>>>,
     next_handle: u32,
@@ -54,7 +55,8 @@ pub(super) struct Registered {
 
 impl Space {
     pub(super) fn new(ram: &GuestRam, mut frames: Frames) -> Result<Self> {
-        let cpu = Table::new(Format::Process, ram, &mut frames)?;
+        let pages = &mut Zeroed::new(ram, &mut frames);
+        let cpu = PageTable::new(Format::Process, pages)?;
         Ok(Self {
             frames,
             pages: BTreeMap::new(),
@@ -65,7 +67,8 @@ impl Space {
     }
 
     pub(super) fn add_context(&mut self, ram: &GuestRam, number: u32) -> Result<Gpa> {
-        let device = Table::new(Format::Device, ram, &mut self.frames)?;
+        let pages = &mut Zeroed::new(ram, &mut self.frames);
+        let device = PageTable::new(Format::Device, pages)?;
         let root = device.root();
         let registered = Registered {
             device,
@@ -82,8 +85,8 @@ impl Space {
 
     /// Maps a page of the process: the cpu pte, and the record of it.
     pub(super) fn map(&mut self, ram: &GuestRam, at: Iova, page: Page) -> Result<()> {
-        self.cpu
-            .set(ram, &mut self.frames, at, page.frame, page.write)?;
+        let pages = &mut Zeroed::new(ram, &mut self.frames);
+        self.cpu.set(ram, pages, at, page.frame, page.write)?;
         if let Some(old) = self.pages.insert(at, page)
             && old.frame != page.frame
         {
@@ -134,9 +137,10 @@ impl Space {
         if was.is_present() && was.is_writable() == page.write {
             return Ok(true);
         }
+        let pages = &mut Zeroed::new(ram, &mut self.frames);
         registered
             .device
-            .set(ram, &mut self.frames, at, page.frame, page.write)?;
+            .set(ram, pages, at, page.frame, page.write)?;
         registered.filled_pages += 1;
         registered.mapped_pages += u64::from(!was.is_present());
         Ok(true)
