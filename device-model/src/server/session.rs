@@ -9,6 +9,7 @@ use super::irqs::Irqs;
 use super::memory_map::MemoryMap;
 use super::report::Report;
 use super::transport::{Endpoint, IrqRequest, Region};
+use crate::memory::{Removed, Rights};
 use crate::pci::ConfigSpace;
 use crate::ports::{Ports, SystemClock};
 use crate::runner::{Bell, Runner};
@@ -20,7 +21,6 @@ pub(super) struct Session {
     /// Ends the threads when it goes.
     _runner: Runner,
     pci: ConfigSpace,
-    ram: GuestRam,
     map: MemoryMap,
     irqs: Arc<Irqs>,
 }
@@ -43,8 +43,7 @@ impl Session {
             device,
             _runner: runner,
             pci: ConfigSpace::new(),
-            ram,
-            map: MemoryMap::default(),
+            map: MemoryMap::new(ram),
             irqs,
         })
     }
@@ -57,11 +56,14 @@ impl Session {
         self.device.totals()
     }
 
-    /// Puts the map in force. The old one stays mapped for accesses that are under way; when
-    /// this returns there are none.
-    fn remap(&mut self) {
-        self.ram.replace(self.map.memory());
-        self.device.quiesce();
+    /// Something was taken out of the map: when this returns no access to it is under way, and
+    /// the files that nothing needs any more are unmapped.
+    fn settle(&self, removed: Removed) {
+        // The map itself has waited for accesses; this waits for operations that are between
+        // finding out where to go and going there, whose accesses will be bus errors.
+        if !removed.is_empty() {
+            self.device.quiesce();
+        }
     }
 }
 
@@ -90,31 +92,42 @@ impl Endpoint for Session {
         Ok(())
     }
 
-    fn map(&mut self, at: u64, len: u64, file: Option<File>, offset: u64) -> io::Result<()> {
-        let Some(file) = file else {
-            return Ok(());
+    fn map(
+        &mut self,
+        at: u64,
+        len: u64,
+        rights: Rights,
+        file: Option<File>,
+        offset: u64,
+    ) -> io::Result<()> {
+        let mapped = match file {
+            Some(file) => self.map.map(at, len, rights, file, offset),
+            // Nothing that a device can reach.
+            None => return Ok(()),
         };
-        let mapped = self.map.map(at, len, file, offset);
-        self.remap();
-        // The protocol crate cannot tell the client why; so say it here.
-        mapped.inspect_err(|error| {
-            eprintln!("extlb-device: guest memory at {at:#x}, {len:#x} bytes: {error}");
-        })
+        match mapped {
+            Ok(replaced) => {
+                self.settle(replaced);
+                Ok(())
+            }
+            // The protocol crate cannot tell the client why; so say it here.
+            Err(error) => {
+                eprintln!("extlb-device: guest memory at {at:#x}, {len:#x} bytes: {error}");
+                Err(error)
+            }
+        }
     }
 
     fn unmap(&mut self, range: Option<(u64, u64)>) -> io::Result<()> {
-        let unmapped = match range {
-            None => {
-                self.map.clear();
-                Ok(())
-            }
+        let removed = match range {
+            None => self.map.clear(),
             Some((at, len)) => match at.checked_add(len) {
                 Some(end) => self.map.unmap(at..end),
-                None => Err(io::Error::from(io::ErrorKind::InvalidInput)),
+                None => return Err(io::Error::from(io::ErrorKind::InvalidInput)),
             },
         };
-        self.remap();
-        unmapped
+        self.settle(removed);
+        Ok(())
     }
 
     fn reset(&mut self) -> io::Result<()> {

@@ -12,6 +12,7 @@ use extlb_spec::{BAR_DOORBELLS_SIZE, BAR_MSIX_SIZE, BAR_REGS_SIZE};
 use vfio_bindings::bindings::vfio as v;
 use vfio_user::{DmaMapFlags, DmaUnmapFlags, IrqInfo, ServerBackend, ServerRegion};
 
+use crate::memory::Rights;
 use crate::pci::CONFIG_SIZE;
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
@@ -41,7 +42,14 @@ pub(super) trait Endpoint: Send {
     fn read(&mut self, region: Region, offset: u64, data: &mut [u8]) -> io::Result<()>;
     fn write(&mut self, region: Region, offset: u64, data: &[u8]) -> io::Result<()>;
     /// Guest RAM appears; without a file it is nothing that a device can reach.
-    fn map(&mut self, at: u64, len: u64, file: Option<File>, offset: u64) -> io::Result<()>;
+    fn map(
+        &mut self,
+        at: u64,
+        len: u64,
+        rights: Rights,
+        file: Option<File>,
+        offset: u64,
+    ) -> io::Result<()>;
     /// Guest RAM goes away; when this returns, no access to it is under way. `None`: all.
     fn unmap(&mut self, range: Option<(u64, u64)>) -> io::Result<()>;
     fn reset(&mut self) -> io::Result<()>;
@@ -175,10 +183,11 @@ impl ServerBackend for Backend<'_> {
         size: u64,
         fd: Option<File>,
     ) -> io::Result<()> {
-        // Memory that may be read only is mapped by nobody: a device that writes to it would
-        // have to be told, and there is nothing in a ROM to read.
-        let file = fd.filter(|_| flags.contains(DmaMapFlags::READ_WRITE));
-        self.0.map(address, size, file, offset)
+        let rights = Rights {
+            read: flags.contains(DmaMapFlags::READ),
+            write: flags.contains(DmaMapFlags::WRITE),
+        };
+        self.0.map(address, size, rights, fd, offset)
     }
 
     fn dma_unmap(&mut self, _: DmaUnmapFlags, address: u64, size: u64) -> io::Result<()> {

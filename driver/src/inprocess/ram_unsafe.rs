@@ -12,7 +12,6 @@ use extlb_spec::{Gpa, Iova, PAGE_SIZE};
 use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 
 use crate::error::{Error, Result};
 use crate::memory_unsafe::Shadow;
@@ -43,11 +42,10 @@ impl MemoryFile {
         let view = file
             .try_clone()
             .map_err(|_| Error::Argument("no file descriptor left"))?;
-        let base = GuestAddress(RAM_BASE.0);
-        let ranges = [(base, len as usize, Some(FileOffset::new(view.into(), 0)))];
-        let map = GuestMemoryMmap::from_ranges_with_files(ranges)
+        let ram = GuestRam::default();
+        ram.map_file(RAM_BASE, len, view.into(), 0, true)
             .map_err(|_| Error::Argument("no room to map the RAM"))?;
-        Ok((Self { file, len }, GuestRam::new(map)))
+        Ok((Self { file, len }, ram))
     }
 
     /// Reserves `pages` of address space, with nothing accessible there yet.

@@ -1,0 +1,239 @@
+//! Guest RAM behind the [`Dma`] port: memory of this process, by `vm-memory`'s volatile access.
+
+mod files;
+mod ranges;
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use extlb_spec::addr::GPA_BITS;
+use extlb_spec::{Gpa, PAGE_SIZE};
+use vm_memory::{MmapRegion, VolatileMemory as _, VolatileSlice};
+
+use crate::ports::{BusError, Dma};
+use crate::sync::lock;
+use files::{Files, invalid};
+use ranges::{Ranges, Target};
+pub(crate) use ranges::{Removed, Rights};
+
+/// Guest RAM whose map can change while the device runs. Clones share the map.
+///
+/// An access holds the lock for reading while it lasts: a change waits for those that are under
+/// way, and those that come later see it. Such an access is at most a page, and never waits.
+#[derive(Clone, Debug, Default)]
+pub struct GuestRam {
+    ranges: Arc<RwLock<Ranges>>,
+    files: Arc<Mutex<Files>>,
+}
+
+impl GuestRam {
+    /// Fresh zeroed RAM of this process: (start, bytes) of each piece, for a device in process.
+    pub fn anonymous(ranges: &[(Gpa, usize)]) -> io::Result<Self> {
+        let ram = Self::default();
+        for (start, len) in ranges {
+            let region = MmapRegion::new(*len).map_err(io::Error::other)?;
+            let target = Target {
+                region: Arc::new(region),
+                offset: 0,
+                rights: Rights::ALL,
+            };
+            let range = checked(*start, *len as u64)?;
+            let removed = ram.change().insert(range, target);
+            if removed.is_none_or(|removed| !removed.is_empty()) {
+                return Err(invalid("pieces of RAM overlap"));
+            }
+        }
+        Ok(ram)
+    }
+
+    /// Lets `[offset, offset + len)` of a file answer at `[at, at + len)`, where nothing is yet.
+    /// All are multiples of the page size. The file must not shrink below.
+    pub fn map_file(
+        &self,
+        at: Gpa,
+        len: u64,
+        file: File,
+        offset: u64,
+        write: bool,
+    ) -> io::Result<()> {
+        let rights = Rights { read: true, write };
+        if !self.look().is_free(&checked(at, len)?) {
+            return Err(io::ErrorKind::AlreadyExists.into());
+        }
+        self.map_over(at, len, file, offset, rights).map(drop)
+    }
+
+    /// Takes `[at, at + len)` out; whether anything was there. When it returns, no access to it
+    /// is under way or follows; an operation that is about to access it ([`crate::Device::quiesce`]
+    /// waits for those) meets a bus error.
+    pub fn unmap(&self, at: Gpa, len: u64) -> io::Result<bool> {
+        Ok(!self.remove(checked(at, len)?).is_empty())
+    }
+
+    /// As [`GuestRam::map_file`]; where the range overlaps others, it takes their place, and
+    /// returns them.
+    pub(crate) fn map_over(
+        &self,
+        at: Gpa,
+        len: u64,
+        file: File,
+        offset: u64,
+        rights: Rights,
+    ) -> io::Result<Removed> {
+        let range = checked(at, len)?;
+        if !offset.is_multiple_of(PAGE_SIZE) {
+            return Err(invalid("a range of memory must be whole pages"));
+        }
+        let end = offset.checked_add(len);
+        let end = end.ok_or_else(|| invalid("no file is that long"))?;
+        let region = lock(&self.files).open(file, end, rights.write)?;
+        let target = Target {
+            region,
+            offset,
+            rights,
+        };
+        let replaced = self.change().insert(range, target);
+        replaced.ok_or_else(|| invalid("too many ranges of memory"))
+    }
+
+    /// Takes a range out, see [`GuestRam::unmap`].
+    pub(crate) fn remove(&self, range: Range<u64>) -> Removed {
+        self.change().remove(range)
+    }
+
+    /// Takes everything out; likewise.
+    pub(crate) fn clear(&self) -> Removed {
+        self.change().clear()
+    }
+
+    /// Whether a file was mapped that can shrink, in which case an access would end this process.
+    pub(crate) fn can_shrink(&self) -> bool {
+        lock(&self.files).can_shrink()
+    }
+
+    fn change(&self) -> RwLockWriteGuard<'_, Ranges> {
+        self.ranges.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn look(&self) -> RwLockReadGuard<'_, Ranges> {
+        self.ranges.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn with<R>(
+        &self,
+        at: Gpa,
+        len: usize,
+        needed: Rights,
+        f: impl FnOnce(VolatileSlice<'_>) -> Option<R>,
+    ) -> Result<R, BusError> {
+        let ranges = self.look();
+        let slice = ranges.slice(at.0, len, needed);
+        slice.and_then(f).ok_or(BusError { addr: at, len })
+    }
+}
+
+/// The range, if it is whole pages that the device can address.
+fn checked(at: Gpa, len: u64) -> io::Result<Range<u64>> {
+    let aligned = (at.0 | len).is_multiple_of(PAGE_SIZE) && len > 0;
+    let end = at.0.checked_add(len).filter(|end| *end <= 1 << GPA_BITS);
+    match end {
+        Some(end) if aligned => Ok(at.0..end),
+        _ => Err(invalid("a range of memory must be whole pages")),
+    }
+}
+
+impl Dma for GuestRam {
+    fn read(&self, from: Gpa, to: &mut [u8]) -> Result<(), BusError> {
+        self.with(from, to.len(), Rights::READ, |slice| {
+            slice.copy_to(to);
+            Some(())
+        })
+    }
+
+    fn write(&self, to: Gpa, from: &[u8]) -> Result<(), BusError> {
+        self.with(to, from.len(), Rights::WRITE, |slice| {
+            slice.copy_from(from);
+            Some(())
+        })
+    }
+
+    fn copy(&self, from: Gpa, to: Gpa, len: usize) -> Result<(), BusError> {
+        let ranges = self.look();
+        let slice = |at: Gpa, needed| {
+            let slice = ranges.slice(at.0, len, needed);
+            slice.ok_or(BusError { addr: at, len })
+        };
+        slice(from, Rights::READ)?.copy_to_volatile_slice(slice(to, Rights::WRITE)?);
+        Ok(())
+    }
+
+    fn load_u32(&self, at: Gpa, order: Ordering) -> Result<u32, BusError> {
+        self.with(at, 4, Rights::READ, |s| {
+            let word: &AtomicU32 = s.get_atomic_ref(0).ok()?;
+            Some(word.load(order))
+        })
+    }
+
+    fn store_u32(&self, at: Gpa, value: u32, order: Ordering) -> Result<(), BusError> {
+        self.with(at, 4, Rights::WRITE, |s| {
+            let word: &AtomicU32 = s.get_atomic_ref(0).ok()?;
+            word.store(value, order);
+            Some(())
+        })
+    }
+
+    fn load_u64(&self, at: Gpa, order: Ordering) -> Result<u64, BusError> {
+        self.with(at, 8, Rights::READ, |s| {
+            let word: &AtomicU64 = s.get_atomic_ref(0).ok()?;
+            Some(word.load(order))
+        })
+    }
+
+    fn store_u64(&self, at: Gpa, value: u64, order: Ordering) -> Result<(), BusError> {
+        self.with(at, 8, Rights::WRITE, |s| {
+            let word: &AtomicU64 = s.get_atomic_ref(0).ok()?;
+            word.store(value, order);
+            Some(())
+        })
+    }
+
+    fn compare_exchange_u64(&self, at: Gpa, current: u64, new: u64) -> Result<bool, BusError> {
+        self.with(at, 8, Rights::ALL, |s| {
+            let word: &AtomicU64 = s.get_atomic_ref(0).ok()?;
+            Some(
+                word.compare_exchange(current, new, Ordering::AcqRel, Ordering::Acquire)
+                    .is_ok(),
+            )
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_outside_ram_and_misaligned_words_are_bus_errors() {
+        let ram = GuestRam::anonymous(&[(Gpa(0x1000), 0x2000)]).expect("maps");
+        let mut byte = [0];
+        assert!(ram.read(Gpa(0x2fff), &mut byte).is_ok());
+        assert!(ram.read(Gpa(0x3000), &mut byte).is_err());
+        assert!(ram.read(Gpa(u64::MAX), &mut [0; 8]).is_err());
+        assert!(ram.load_u64(Gpa(0x1004), Ordering::Relaxed).is_err());
+        assert!(ram.copy(Gpa(0x1000), Gpa(0x2ff8), 16).is_err());
+        assert!(GuestRam::default().read(Gpa(0), &mut byte).is_err());
+    }
+
+    #[test]
+    fn overlapping_copy_is_exact() {
+        let ram = GuestRam::anonymous(&[(Gpa(0), 0x1000)]).expect("maps");
+        ram.write(Gpa(0), b"abcdefgh").expect("in RAM");
+        ram.copy(Gpa(0), Gpa(2), 6).expect("in RAM");
+        let mut bytes = [0; 8];
+        ram.read(Gpa(0), &mut bytes).expect("in RAM");
+        assert_eq!(&bytes, b"ababcdef");
+    }
+}

@@ -1,0 +1,286 @@
+//! Which memory answers at which bus address: ranges, ordered and apart.
+//!
+//! Behind a guest's IOMMU there is a range for each of its leaves: tens of thousands. Each
+//! operation costs a few steps in a tree, whatever their number; neighbours that are neighbours
+//! in their memory as well are one range.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+use vm_memory::{MmapRegion, VolatileMemory as _, VolatileSlice};
+
+/// Ranges that can exist at once. VFIO allows 65,535 mappings by default; the rest is for those
+/// that are cut.
+pub(crate) const MAX_RANGES: usize = 1 << 17;
+
+/// What the device may do with a range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Rights {
+    pub(crate) read: bool,
+    pub(crate) write: bool,
+}
+
+impl Rights {
+    pub(crate) const READ: Self = Self {
+        read: true,
+        write: false,
+    };
+    pub(crate) const WRITE: Self = Self {
+        read: false,
+        write: true,
+    };
+    pub(crate) const ALL: Self = Self {
+        read: true,
+        write: true,
+    };
+
+    fn cover(self, needed: Self) -> bool {
+        (self.read || !needed.read) && (self.write || !needed.write)
+    }
+}
+
+/// The memory of a range.
+#[derive(Clone, Debug)]
+pub(crate) struct Target {
+    pub(crate) region: Arc<MmapRegion>,
+    /// Where in `region` the range begins, in bytes.
+    pub(crate) offset: u64,
+    pub(crate) rights: Rights,
+}
+
+impl Target {
+    /// The memory `by` bytes further on.
+    fn after(&self, by: u64) -> Self {
+        Self {
+            // Within the region, which a `u64` can address.
+            offset: self.offset + by,
+            ..self.clone()
+        }
+    }
+
+    /// Whether `next` goes on where `len` bytes of this end.
+    fn continues(&self, len: u64, next: &Self) -> bool {
+        Arc::ptr_eq(&self.region, &next.region)
+            && self.offset + len == next.offset
+            && self.rights == next.rights
+    }
+}
+
+#[derive(Clone, Debug)]
+struct Piece {
+    end: u64,
+    target: Target,
+}
+
+/// What was taken out. To be dropped where no lock is held: the last one unmaps the memory.
+#[derive(Debug, Default)]
+#[must_use = "an access may be under way; drop it when none is"]
+pub(crate) struct Removed(Vec<Arc<MmapRegion>>);
+
+impl Removed {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+/// The ranges of the moment.
+#[derive(Debug, Default)]
+pub(crate) struct Ranges {
+    /// By their starts.
+    pieces: BTreeMap<u64, Piece>,
+}
+
+impl Ranges {
+    /// Adds a range; where it overlaps others, it takes their place. `None`: there are too many.
+    pub(crate) fn insert(&mut self, range: Range<u64>, mut target: Target) -> Option<Removed> {
+        // It can add itself and the rest of one that it cuts.
+        if self.pieces.len() + 2 > MAX_RANGES {
+            return None;
+        }
+        let removed = self.remove(range.clone());
+        let (mut start, mut end) = (range.start, range.end);
+        let before = self.pieces.range(..start).next_back();
+        if let Some((&at, piece)) = before
+            && piece.end == start
+            && piece.target.continues(start - at, &target)
+        {
+            (start, target) = (at, piece.target.clone());
+        }
+        if let Some(next) = self.pieces.get(&end)
+            && target.continues(end - start, &next.target)
+        {
+            let next = self.pieces.remove(&end);
+            end = next.map_or(end, |next| next.end);
+        }
+        self.pieces.insert(start, Piece { end, target });
+        Some(removed)
+    }
+
+    /// Takes a range out, also of the middle of others.
+    pub(crate) fn remove(&mut self, range: Range<u64>) -> Removed {
+        let mut removed = Removed::default();
+        if range.is_empty() {
+            return removed;
+        }
+        let before = self.pieces.range_mut(..range.start).next_back();
+        if let Some((&start, piece)) = before
+            && piece.end > range.start
+        {
+            removed.0.push(piece.target.region.clone());
+            let whole = piece.clone();
+            piece.end = range.start;
+            self.keep_after(start, whole, range.end);
+        }
+        while let Some((&start, _)) = self.pieces.range(range.clone()).next() {
+            let Some(piece) = self.pieces.remove(&start) else {
+                break;
+            };
+            removed.0.push(piece.target.region.clone());
+            self.keep_after(start, piece, range.end);
+        }
+        removed
+    }
+
+    /// Keeps what of a piece that began at `start` lies from `end` on.
+    fn keep_after(&mut self, start: u64, piece: Piece, end: u64) {
+        // A client that cuts without end loses memory rather than fill ours.
+        if piece.end > end && self.pieces.len() < MAX_RANGES {
+            let target = piece.target.after(end - start);
+            let rest = Piece { target, ..piece };
+            self.pieces.insert(end, rest);
+        }
+    }
+
+    /// Takes everything out.
+    pub(crate) fn clear(&mut self) -> Removed {
+        let pieces = std::mem::take(&mut self.pieces);
+        Removed(pieces.into_values().map(|p| p.target.region).collect())
+    }
+
+    /// Whether nothing is there.
+    pub(crate) fn is_free(&self, range: &Range<u64>) -> bool {
+        let last = self.pieces.range(..range.end).next_back();
+        last.is_none_or(|(_, piece)| piece.end <= range.start)
+    }
+
+    /// The `len` bytes at `at`, if one range holds them all and allows it.
+    pub(crate) fn slice(&self, at: u64, len: usize, needed: Rights) -> Option<VolatileSlice<'_>> {
+        let (start, piece) = self.pieces.range(..=at).next_back()?;
+        let end = at.checked_add(len as u64)?;
+        if end > piece.end || !piece.target.rights.cover(needed) {
+            return None;
+        }
+        let offset = usize::try_from(piece.target.offset + (at - start)).ok()?;
+        piece.target.region.get_slice(offset, len).ok()
+    }
+
+    #[cfg(test)]
+    pub(crate) fn len(&self) -> usize {
+        self.pieces.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const PAGES: u64 = 24;
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Insert(Range<u64>, usize, u64, bool),
+        Remove(Range<u64>),
+    }
+
+    fn range() -> impl Strategy<Value = Range<u64>> {
+        (0..PAGES, 0..=8u64).prop_map(|(start, len)| start..(start + len).min(PAGES))
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            3 => (range(), 0..2usize, 0..4u64, any::<bool>())
+                .prop_map(|(range, region, shift, write)| Step::Insert(range, region, shift, write)),
+            1 => range().prop_map(Step::Remove),
+        ]
+    }
+
+    proptest! {
+        /// The tree says what a plain table of pages says, and has no more ranges than needed.
+        #[test]
+        fn ranges_are_a_table_of_pages(steps in prop::collection::vec(step(), 1..40)) {
+            let len = (PAGES as usize + 8) << 12;
+            let regions = [(); 2].map(|()| Arc::new(MmapRegion::<()>::new(len).unwrap()));
+            let mut ranges = Ranges::default();
+            let mut table = [None; PAGES as usize];
+            let bytes = |r: &Range<u64>| r.start << 12..r.end << 12;
+            for step in steps {
+                match step {
+                    Step::Insert(r, region, shift, write) if !r.is_empty() => {
+                        let target = Target {
+                            region: regions[region].clone(),
+                            // Often equal to the address: neighbours then merge.
+                            offset: (r.start + shift) << 12,
+                            rights: if write { Rights::ALL } else { Rights::READ },
+                        };
+                        let removed = ranges.insert(bytes(&r), target).unwrap();
+                        let pages = &mut table[r.start as usize..r.end as usize];
+                        prop_assert_eq!(removed.is_empty(), pages.iter().all(Option::is_none));
+                        for (page, at) in pages.iter_mut().zip(r.start + shift..) {
+                            *page = Some((region, at, write));
+                        }
+                    }
+                    Step::Insert(..) => {}
+                    Step::Remove(r) => {
+                        let removed = ranges.remove(bytes(&r));
+                        let pages = &mut table[r.start as usize..r.end.max(r.start) as usize];
+                        prop_assert_eq!(removed.is_empty(), pages.iter().all(Option::is_none));
+                        pages.fill(None);
+                    }
+                }
+                for (page, expected) in (0..).zip(&table) {
+                    for (needed, write) in [(Rights::READ, false), (Rights::WRITE, true)] {
+                        let found = ranges.slice(page << 12, 4096, needed);
+                        let found = found.map(|s| s.ptr_guard().as_ptr().addr());
+                        let expected = expected.filter(|(.., w)| *w || !write);
+                        let expected = expected
+                            .map(|(region, at, _)| regions[region].as_ptr().addr() + (at << 12) as usize);
+                        prop_assert_eq!(found, expected, "page {}", page);
+                    }
+                }
+                let mut runs = 0;
+                let mut last = None;
+                for page in table {
+                    let next = last.map(|(region, at, write)| (region, at + 1, write));
+                    runs += usize::from(page.is_some() && page != next);
+                    last = page;
+                }
+                prop_assert_eq!(ranges.len(), runs);
+            }
+        }
+    }
+
+    #[test]
+    fn the_number_of_ranges_is_bounded_and_what_is_taken_out_is_gone() {
+        let region = Arc::new(MmapRegion::new(MAX_RANGES << 13).unwrap());
+        let target = Target {
+            region,
+            offset: 0,
+            rights: Rights::ALL,
+        };
+        let mut ranges = Ranges::default();
+        let whole = 0..(MAX_RANGES as u64) << 13;
+        assert!(ranges.insert(whole, target.clone()).is_some());
+        // Every other page.
+        for page in 0..MAX_RANGES as u64 {
+            let at = page << 13;
+            assert!(!ranges.remove(at..at + 4096).is_empty() || page > 0);
+            assert!(ranges.slice(at, 1, Rights::READ).is_none());
+        }
+        assert!(ranges.len() <= MAX_RANGES);
+        assert!(ranges.insert(1 << 50..(1 << 50) + 4096, target).is_none());
+        assert!(!ranges.clear().is_empty());
+        assert!(ranges.slice(4096, 1, Rights::READ).is_none());
+    }
+}
