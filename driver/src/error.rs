@@ -126,6 +126,9 @@ pub enum Error {
         /// What it is about: an address or an index.
         info: u64,
     },
+    /// The hardware could not be opened or operated; says what to do.
+    #[error("{0}")]
+    Hardware(String),
     /// A range that is registered with this context already, in part at least.
     #[error("memory at {addr} is registered with this context already; register it once")]
     Overlap {
