@@ -129,6 +129,17 @@ pub enum Error {
     /// The hardware could not be opened or operated; says what to do.
     #[error("{0}")]
     Hardware(String),
+    /// Memory cannot be mapped for the device, because no more may be locked.
+    #[error(
+        "{len} bytes cannot be locked for the device: RLIMIT_MEMLOCK is {limit} bytes, for all that \
+         is mapped; raise it (ulimit -l, LimitMEMLOCK=, or CAP_IPC_LOCK), or map less at a time"
+    )]
+    LockLimit {
+        /// Bytes of the mapping.
+        len: u64,
+        /// The limit of this process.
+        limit: u64,
+    },
     /// A range that is registered with this context already, in part at least.
     #[error("memory at {addr} is registered with this context already; register it once")]
     Overlap {
