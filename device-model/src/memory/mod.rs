@@ -1,5 +1,6 @@
 //! Guest RAM behind the [`Dma`] port: memory of this process, by `vm-memory`'s volatile access.
 
+mod chunks;
 mod files;
 mod ranges;
 
@@ -7,8 +8,9 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex};
 
+use arc_swap::ArcSwap;
 use extlb_spec::addr::GPA_BITS;
 use extlb_spec::{Gpa, PAGE_SIZE};
 use vm_memory::{MmapRegion, VolatileMemory as _, VolatileSlice};
@@ -21,11 +23,12 @@ pub(crate) use ranges::{Removed, Rights};
 
 /// Guest RAM whose map can change while the device runs. Clones share the map.
 ///
-/// An access holds the lock for reading while it lasts: a change waits for those that are under
-/// way, and those that come later see it. Such an access is at most a page, and never waits.
+/// An access uses the map as it was when the access began, without a lock; what that map names
+/// stays mapped in this process so long. Accesses that begin after a change see the change.
 #[derive(Clone, Debug, Default)]
 pub struct GuestRam {
-    ranges: Arc<RwLock<Ranges>>,
+    ranges: Arc<ArcSwap<Ranges>>,
+    /// Also the lock of those who change the map.
     files: Arc<Mutex<Files>>,
 }
 
@@ -41,7 +44,7 @@ impl GuestRam {
                 rights: Rights::ALL,
             };
             let range = checked(*start, *len as u64)?;
-            let removed = ram.change().insert(range, target);
+            let removed = ram.change(|ranges, _| ranges.insert(range, target));
             if removed.is_none_or(|removed| !removed.is_empty()) {
                 return Err(invalid("pieces of RAM overlap"));
             }
@@ -60,15 +63,14 @@ impl GuestRam {
         write: bool,
     ) -> io::Result<()> {
         let rights = Rights { read: true, write };
-        if !self.look().is_free(&checked(at, len)?) {
+        if !self.ranges.load().is_free(&checked(at, len)?) {
             return Err(io::ErrorKind::AlreadyExists.into());
         }
-        self.map_over(at, len, file, offset, rights).map(drop)
+        self.map_over(at, len, file, offset, rights).map(|_| ())
     }
 
-    /// Takes `[at, at + len)` out; whether anything was there. When it returns, no access to it
-    /// is under way or follows; an operation that is about to access it ([`crate::Device::quiesce`]
-    /// waits for those) meets a bus error.
+    /// Takes `[at, at + len)` out; whether anything was there. Accesses that began before may
+    /// still be under way: [`crate::Device::quiesce`] waits for their end.
     pub fn unmap(&self, at: Gpa, len: u64) -> io::Result<bool> {
         Ok(!self.remove(checked(at, len)?).is_empty())
     }
@@ -89,24 +91,25 @@ impl GuestRam {
         }
         let end = offset.checked_add(len);
         let end = end.ok_or_else(|| invalid("no file is that long"))?;
-        let region = lock(&self.files).open(file, end, rights.write)?;
-        let target = Target {
-            region,
-            offset,
-            rights,
-        };
-        let replaced = self.change().insert(range, target);
-        replaced.ok_or_else(|| invalid("too many ranges of memory"))
+        self.change(|ranges, files| {
+            let target = Target {
+                region: files.open(file, end, rights.write)?,
+                offset,
+                rights,
+            };
+            let replaced = ranges.insert(range, target);
+            replaced.ok_or_else(|| invalid("too many ranges of memory"))
+        })
     }
 
     /// Takes a range out, see [`GuestRam::unmap`].
     pub(crate) fn remove(&self, range: Range<u64>) -> Removed {
-        self.change().remove(range)
+        self.change(|ranges, _| ranges.remove(range))
     }
 
     /// Takes everything out; likewise.
     pub(crate) fn clear(&self) -> Removed {
-        self.change().clear()
+        self.change(|ranges, _| ranges.clear())
     }
 
     /// Whether a file was mapped that can shrink, in which case an access would end this process.
@@ -114,12 +117,13 @@ impl GuestRam {
         lock(&self.files).can_shrink()
     }
 
-    fn change(&self) -> RwLockWriteGuard<'_, Ranges> {
-        self.ranges.write().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn look(&self) -> RwLockReadGuard<'_, Ranges> {
-        self.ranges.read().unwrap_or_else(PoisonError::into_inner)
+    /// Puts a changed copy of the map in place. The copy shares all but a few nodes.
+    fn change<R>(&self, change: impl FnOnce(&mut Ranges, &mut Files) -> R) -> R {
+        let mut files = lock(&self.files);
+        let mut ranges = Ranges::clone(&self.ranges.load());
+        let result = change(&mut ranges, &mut files);
+        self.ranges.store(Arc::new(ranges));
+        result
     }
 
     fn with<R>(
@@ -129,7 +133,7 @@ impl GuestRam {
         needed: Rights,
         f: impl FnOnce(VolatileSlice<'_>) -> Option<R>,
     ) -> Result<R, BusError> {
-        let ranges = self.look();
+        let ranges = self.ranges.load();
         let slice = ranges.slice(at.0, len, needed);
         slice.and_then(f).ok_or(BusError { addr: at, len })
     }
@@ -161,7 +165,7 @@ impl Dma for GuestRam {
     }
 
     fn copy(&self, from: Gpa, to: Gpa, len: usize) -> Result<(), BusError> {
-        let ranges = self.look();
+        let ranges = self.ranges.load();
         let slice = |at: Gpa, needed| {
             let slice = ranges.slice(at.0, len, needed);
             slice.ok_or(BusError { addr: at, len })

@@ -1,13 +1,13 @@
 //! Which memory answers at which bus address: ranges, ordered and apart.
 //!
-//! Behind a guest's IOMMU there is a range for each of its leaves: tens of thousands. Each
-//! operation costs a few steps in a tree, whatever their number; neighbours that are neighbours
-//! in their memory as well are one range.
+//! Behind a guest's IOMMU there is a range for each of its leaves: tens of thousands. A change to
+//! a copy of the map touches little of it, see [`Chunks`]; neighbours that are neighbours in their
+//! memory as well are one range.
 
-use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::chunks::{Chunks, Piece};
 use vm_memory::{MmapRegion, VolatileMemory as _, VolatileSlice};
 
 /// Ranges that can exist at once. VFIO allows 65,535 mappings by default; the rest is for those
@@ -67,31 +67,24 @@ impl Target {
     }
 }
 
-#[derive(Clone, Debug)]
-struct Piece {
-    end: u64,
-    target: Target,
-}
-
-/// What was taken out. To be dropped where no lock is held: the last one unmaps the memory.
-#[derive(Debug, Default)]
-#[must_use = "an access may be under way; drop it when none is"]
-pub(crate) struct Removed(Vec<Arc<MmapRegion>>);
+/// How many ranges, or parts of them, were taken out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[must_use = "accesses to what was taken out may be under way"]
+pub(crate) struct Removed(usize);
 
 impl Removed {
-    pub(crate) fn is_empty(&self) -> bool {
-        self.0.is_empty()
+    pub(crate) fn is_empty(self) -> bool {
+        self.0 == 0
     }
 }
 
 /// The ranges of the moment.
-#[derive(Debug, Default)]
-pub(crate) struct Ranges {
-    /// By their starts.
-    pieces: BTreeMap<u64, Piece>,
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Ranges<const CHUNK: usize = 256> {
+    pieces: Chunks<CHUNK>,
 }
 
-impl Ranges {
+impl<const CHUNK: usize> Ranges<CHUNK> {
     /// Adds a range; where it overlaps others, it takes their place. `None`: there are too many.
     pub(crate) fn insert(&mut self, range: Range<u64>, mut target: Target) -> Option<Removed> {
         // It can add itself and the rest of one that it cuts.
@@ -100,20 +93,21 @@ impl Ranges {
         }
         let removed = self.remove(range.clone());
         let (mut start, mut end) = (range.start, range.end);
-        let before = self.pieces.range(..start).next_back();
-        if let Some((&at, piece)) = before
-            && piece.end == start
-            && piece.target.continues(start - at, &target)
+        if let Some(before) = self.before(start)
+            && before.end == start
+            && before.target.continues(start - before.start, &target)
         {
-            (start, target) = (at, piece.target.clone());
+            (start, target) = (before.start, before.target.clone());
+            self.pieces.remove(start);
         }
-        if let Some(next) = self.pieces.get(&end)
+        if let Some(next) = self.pieces.at_or_before(end)
+            && next.start == end
             && target.continues(end - start, &next.target)
         {
-            let next = self.pieces.remove(&end);
-            end = next.map_or(end, |next| next.end);
+            let next = end;
+            end = self.pieces.remove(next).map_or(end, |next| next.end);
         }
-        self.pieces.insert(start, Piece { end, target });
+        self.pieces.insert(Piece { start, end, target });
         Some(removed)
     }
 
@@ -123,55 +117,52 @@ impl Ranges {
         if range.is_empty() {
             return removed;
         }
-        let before = self.pieces.range_mut(..range.start).next_back();
-        if let Some((&start, piece)) = before
-            && piece.end > range.start
-        {
-            removed.0.push(piece.target.region.clone());
-            let whole = piece.clone();
-            piece.end = range.start;
-            self.keep_after(start, whole, range.end);
-        }
-        while let Some((&start, _)) = self.pieces.range(range.clone()).next() {
-            let Some(piece) = self.pieces.remove(&start) else {
+        // The last first: all that begin in the range, and the one that reaches into it.
+        while let Some(last) = self.before(range.end).filter(|p| p.end > range.start) {
+            let start = last.start;
+            let Some(piece) = self.pieces.remove(start) else {
                 break;
             };
-            removed.0.push(piece.target.region.clone());
-            self.keep_after(start, piece, range.end);
+            removed.0 += 1;
+            if piece.end > range.end && self.pieces.len() < MAX_RANGES {
+                // A client that cuts without end loses memory rather than fill ours.
+                let target = piece.target.after(range.end - start);
+                let (start, end) = (range.end, piece.end);
+                self.pieces.insert(Piece { start, end, target });
+            }
+            if start < range.start {
+                let end = range.start;
+                self.pieces.insert(Piece { end, ..piece });
+                break;
+            }
         }
         removed
     }
 
-    /// Keeps what of a piece that began at `start` lies from `end` on.
-    fn keep_after(&mut self, start: u64, piece: Piece, end: u64) {
-        // A client that cuts without end loses memory rather than fill ours.
-        if piece.end > end && self.pieces.len() < MAX_RANGES {
-            let target = piece.target.after(end - start);
-            let rest = Piece { target, ..piece };
-            self.pieces.insert(end, rest);
-        }
-    }
-
     /// Takes everything out.
     pub(crate) fn clear(&mut self) -> Removed {
-        let pieces = std::mem::take(&mut self.pieces);
-        Removed(pieces.into_values().map(|p| p.target.region).collect())
+        Removed(std::mem::take(&mut self.pieces).len())
+    }
+
+    /// The last range that begins below `at`.
+    fn before(&self, at: u64) -> Option<&Piece> {
+        self.pieces.at_or_before(at.checked_sub(1)?)
     }
 
     /// Whether nothing is there.
     pub(crate) fn is_free(&self, range: &Range<u64>) -> bool {
-        let last = self.pieces.range(..range.end).next_back();
-        last.is_none_or(|(_, piece)| piece.end <= range.start)
+        let last = self.before(range.end);
+        last.is_none_or(|piece| piece.end <= range.start)
     }
 
     /// The `len` bytes at `at`, if one range holds them all and allows it.
     pub(crate) fn slice(&self, at: u64, len: usize, needed: Rights) -> Option<VolatileSlice<'_>> {
-        let (start, piece) = self.pieces.range(..=at).next_back()?;
+        let piece = self.pieces.at_or_before(at)?;
         let end = at.checked_add(len as u64)?;
         if end > piece.end || !piece.target.rights.cover(needed) {
             return None;
         }
-        let offset = usize::try_from(piece.target.offset + (at - start)).ok()?;
+        let offset = usize::try_from(piece.target.offset + (at - piece.start)).ok()?;
         piece.target.region.get_slice(offset, len).ok()
     }
 
@@ -212,7 +203,7 @@ mod tests {
         fn ranges_are_a_table_of_pages(steps in prop::collection::vec(step(), 1..40)) {
             let len = (PAGES as usize + 8) << 12;
             let regions = [(); 2].map(|()| Arc::new(MmapRegion::<()>::new(len).unwrap()));
-            let mut ranges = Ranges::default();
+            let mut ranges = Ranges::<3>::default();
             let mut table = [None; PAGES as usize];
             let bytes = |r: &Range<u64>| r.start << 12..r.end << 12;
             for step in steps {
@@ -269,7 +260,7 @@ mod tests {
             offset: 0,
             rights: Rights::ALL,
         };
-        let mut ranges = Ranges::default();
+        let mut ranges: Ranges = Ranges::default();
         let whole = 0..(MAX_RANGES as u64) << 13;
         assert!(ranges.insert(whole, target.clone()).is_some());
         // Every other page.

@@ -56,11 +56,9 @@ impl Session {
         self.device.totals()
     }
 
-    /// Something was taken out of the map: when this returns no access to it is under way, and
-    /// the files that nothing needs any more are unmapped.
+    /// When this returns, no access to what was taken out of the map is under way. An operation
+    /// that has found out where to go, and goes there only now, meets a bus error.
     fn settle(&self, removed: Removed) {
-        // The map itself has waited for accesses; this waits for operations that are between
-        // finding out where to go and going there, whose accesses will be bus errors.
         if !removed.is_empty() {
             self.device.quiesce();
         }
