@@ -1,4 +1,17 @@
 //! Devices that a program owns, with a driver in user space ([`crate::userspace`]).
+//!
+//! When to take which way to a device:
+//!
+//! | | the device is | needs | memory is | take it |
+//! |---|---|---|---|---|
+//! | [`crate::Kernel`] | the machine's, shared by all | `extlb.ko` | not locked: it may be swapped and moved, the device follows | whenever the kernel can be chosen |
+//! | [`VfioCdev`] | this program's alone | vfio-pci, an IOMMU, a kernel with `CONFIG_VFIO_DEVICE_CDEV` | locked while it is registered | on an ordinary kernel that is new enough; the way that VFIO goes on |
+//! | [`VfioGroup`] | this program's alone, with all of its IOMMU group | vfio-pci, an IOMMU | locked while it is registered | on any ordinary kernel |
+//! | [`Socket`] | another process's | nothing | shared with that process; only what is allocated here, and copies of files | to develop a driver or a device: both are processes, to be watched, killed and started again in milliseconds |
+//! | [`LocalDevice`] | a part of this program | nothing | as with a socket | for tests that look into the device, and under tools that want one process (Miri, sanitisers, debuggers) |
+//!
+//! All but the first are [`Hardware`], and [`crate::userspace::Userspace`] makes a
+//! [`crate::Backing`] of each; the program's side is the same for all.
 
 #[cfg(any(feature = "socket", feature = "vfio"))]
 mod bus;
@@ -19,6 +32,12 @@ mod socket_server_unsafe;
 #[cfg(feature = "socket")]
 mod socket_unsafe;
 mod trait_unsafe;
+#[cfg(feature = "vfio")]
+mod vfio_cdev_unsafe;
+#[cfg(feature = "vfio")]
+mod vfio_group_unsafe;
+#[cfg(feature = "vfio")]
+mod vfio_unsafe;
 
 #[cfg(feature = "inprocess")]
 pub use inprocess_unsafe::{LocalDevice, LocalMemory};
@@ -27,3 +46,15 @@ pub use socket_server_unsafe::SocketServer;
 #[cfg(feature = "socket")]
 pub use socket_unsafe::{Socket, SocketMemory};
 pub use trait_unsafe::Hardware;
+#[cfg(feature = "vfio")]
+pub use vfio_unsafe::{Vfio, VfioMemory};
+
+/// A PCI device by its IOMMU group and a container: every kernel with VFIO has it.
+///
+/// All of the group has to be bound to vfio-pci (or to nothing), and belongs to this program.
+#[cfg(feature = "vfio")]
+pub type VfioGroup = Vfio<vfio_group_unsafe::Group>;
+
+/// A PCI device by its own node and iommufd: kernels from 6.6 on, if they were built with it.
+#[cfg(feature = "vfio")]
+pub type VfioCdev = Vfio<vfio_cdev_unsafe::Cdev>;

@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use extlb_spec::Iova;
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::pages_unsafe::{Pages, failed};
@@ -35,10 +36,13 @@ impl Pieces {
 
     /// Fresh zeroed memory.
     pub(super) fn allocate(self: &Arc<Self>, len: usize) -> Result<Owned> {
-        let file = memfd_create(c"extlb-memory", MFdFlags::MFD_CLOEXEC);
-        let file = file.map_err(failed("memfd_create"))?;
+        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+        let file = memfd_create(c"extlb-memory", flags).map_err(failed("memfd_create"))?;
         let size = i64::try_from(len).map_err(|_| Error::Argument("memory beyond all bounds"))?;
         nix::unistd::ftruncate(&file, size).map_err(failed("ftruncate"))?;
+        // It will not shrink: for the server an access beyond its end would be death.
+        let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+        fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).map_err(failed("fcntl"))?;
         let pages = Pages::shared(&file, len)?;
         // A child that had it too would share it, and nobody but the holder may change it.
         pages.not_for_children()?;
