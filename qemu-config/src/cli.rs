@@ -89,11 +89,27 @@ impl MachineArguments {
     }
 }
 
+/// A package's name, and nothing that apt would take for an option or a file.
+fn package_name(text: &str) -> Result<String, &'static str> {
+    let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+    let good = text.bytes().next().is_some_and(plain)
+        && text
+            .bytes()
+            .all(|byte| plain(byte) || b"+-.".contains(&byte));
+    match good && !text.ends_with(['+', '-']) {
+        true => Ok(text.to_owned()),
+        false => Err("a package's name has small letters, digits, '+', '-' and '.' only"),
+    }
+}
+
 #[derive(Debug, clap::Args)]
 struct RunArguments {
     /// Put a file or folder of this machine into the guest
     #[arg(long, value_name = "HOST_PATH[:GUEST_PATH]", value_parser = Addition::parse)]
     add: Vec<Addition>,
+    /// Put a Debian package into the guest, with all that it depends on (pciutils)
+    #[arg(long, value_name = "NAME", value_parser = package_name)]
+    package: Vec<String>,
     #[command(flatten)]
     machine: MachineArguments,
     /// The command: the guest's own, or this machine's (taken along with its shared libraries)
@@ -106,6 +122,9 @@ struct ShellArguments {
     /// Put a file or folder of this machine into the guest
     #[arg(long, value_name = "HOST_PATH[:GUEST_PATH]", value_parser = Addition::parse)]
     add: Vec<Addition>,
+    /// Put a Debian package into the guest, with all that it depends on (pciutils)
+    #[arg(long, value_name = "NAME", value_parser = package_name)]
+    package: Vec<String>,
     #[command(flatten)]
     machine: MachineArguments,
 }
@@ -147,6 +166,7 @@ fn execute(cli: Cli) -> Result<i32> {
 fn run(options: &Options, arguments: RunArguments) -> Result<i32> {
     let request = Request {
         add: arguments.add,
+        packages: arguments.package,
         profile: arguments.machine.profile(options, "default")?,
         timeout: arguments.machine.timeout(),
         ..Request::new(arguments.command)
@@ -160,6 +180,7 @@ fn shell(options: &Options, arguments: ShellArguments) -> Result<i32> {
     let terminal = std::io::stdin().is_terminal() && std::io::stdout().is_terminal();
     let request = Request {
         add: arguments.add,
+        packages: arguments.package,
         profile: arguments.machine.profile(options, "default")?,
         timeout: arguments.machine.timeout(),
         tty: terminal.then(window),

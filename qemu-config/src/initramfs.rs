@@ -14,6 +14,7 @@ use anyhow::{Context, Result, bail};
 use cpio::newc::{Builder, trailer};
 
 use crate::elf::{Needed, Resolver};
+use crate::paths::files_under;
 
 const DIRECTORY: u32 = 0o040_000;
 const REGULAR: u32 = 0o100_000;
@@ -21,6 +22,18 @@ const LINK: u32 = 0o120_000;
 
 /// Folders that are links into `usr`.
 const MERGED: [&str; 4] = ["bin", "sbin", "lib", "lib64"];
+
+/// Folders of packages that no program needs to run.
+const LEFT_OUT: [&str; 8] = [
+    "usr/share/bug",
+    "usr/share/doc",
+    "usr/share/info",
+    "usr/share/lintian",
+    "usr/share/locale",
+    "usr/share/man",
+    "usr/lib/x86_64-linux-gnu/gconv",
+    "usr/share/i18n",
+];
 
 /// The guest's search path for programs.
 pub const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -148,6 +161,26 @@ impl Archive {
                     .insert(path, Entry::Link(fs::read_link(&source)?));
             } else if kind.is_dir() || kind.is_file() {
                 self.tree(&guest, &source)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts the files of unpacked packages into the guest, over what is there: they bring all that
+    /// they need, and none of it is looked for on the machine. Documentation is left out.
+    pub fn packages(&mut self, root: &Path) -> Result<()> {
+        for file in files_under(root)? {
+            let source = root.join(&file);
+            let merged = file.to_str().is_some_and(|name| MERGED.contains(&name));
+            if merged || LEFT_OUT.iter().any(|folder| file.starts_with(folder)) {
+                continue;
+            }
+            let guest = Path::new("/").join(&file);
+            let kind = fs::symlink_metadata(&source)?.file_type();
+            if kind.is_symlink() {
+                self.link(&guest, &fs::read_link(&source)?)?;
+            } else if kind.is_file() {
+                self.file(&guest, &source)?;
             }
         }
         Ok(())
@@ -333,6 +366,28 @@ mod tests {
                 .iter()
                 .all(|e| !e.0.starts_with("lib/") && !e.0.starts_with("bin/"))
         );
+    }
+
+    #[test]
+    fn packages_go_over_what_is_there_and_leave_the_merged_folders() {
+        let folder = tempfile::tempdir().unwrap();
+        for (path, content) in [("usr/bin/lspci", "elf"), ("usr/share/doc/x/README", "long")] {
+            let path = folder.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, content).unwrap();
+        }
+        std::os::unix::fs::symlink("usr/bin", folder.path().join("bin")).unwrap();
+        std::os::unix::fs::symlink("lspci", folder.path().join("usr/bin/pci")).unwrap();
+        let mut archive = Archive::new();
+        let applet = Path::new("/bin/busybox");
+        archive.link(Path::new("/bin/lspci"), applet).unwrap();
+        archive.packages(folder.path()).unwrap();
+        let entries = written(&mut archive);
+        let get = |name: &str| entries.iter().find(|entry| entry.0 == name);
+        assert_eq!(get("usr/bin/lspci").unwrap().2, b"elf");
+        assert_eq!(get("usr/bin/pci").unwrap().2, b"lspci");
+        assert_eq!(get("usr/bin").unwrap().1, DIRECTORY | 0o755);
+        assert!(get("usr/share/doc/x/README").is_none());
     }
 
     #[test]

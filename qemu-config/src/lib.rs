@@ -30,6 +30,7 @@ pub mod paths;
 pub mod profile;
 pub mod progress;
 pub mod qemu;
+pub mod qmp;
 pub mod rig;
 pub mod run;
 pub mod sandbox;

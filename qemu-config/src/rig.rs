@@ -42,6 +42,13 @@ pub struct Options {
     /// Which driver gets the device [default: vfio-pci with the stock kernel, else its own]
     #[arg(long, global = true, value_enum)]
     pub bind: Option<Bind>,
+    /// Leave QEMU's monitor (QMP) at this socket. The device is `extlb` in the port `port1` (QEMU
+    /// up to 11.1 aborts when a vfio-user device with MSI-X is unplugged)
+    #[arg(long, global = true, value_name = "SOCKET")]
+    pub qmp: Option<PathBuf>,
+    /// How often the guest may restart: its command is then run again, with EXTLB_BOOT=1, 2, …
+    #[arg(long, global = true, value_name = "TIMES", default_value_t = 0)]
+    pub reboots: u32,
     /// Machine shape: a name in qemu-config/profiles, or a file
     #[arg(long, global = true, value_name = "NAME|FILE")]
     pub profile: Option<String>,
@@ -290,11 +297,19 @@ impl Rig {
             command_line: self.command_line(accelerator, &guest.append),
             disks: guest.disks.clone(),
             iommu: self.options.iommu(),
+            may_restart: self.options.reboots > 0,
+            monitor: self
+                .options
+                .qmp
+                .as_deref()
+                .map(std::path::absolute)
+                .transpose()?,
             device: None,
         };
         let device = (!self.options.no_device).then(|| DeviceServer {
             rig: self.binary.clone(),
             config: guest.device.clone(),
+            hot_plug: self.options.qmp.is_some(),
         });
         let mut setup = guest.setup.clone();
         setup.bind = match self.options.bind() {
@@ -309,6 +324,7 @@ impl Rig {
             device,
             initramfs: &mut |path| guest.archive.write(path).map(drop),
             sinks,
+            reboots: self.options.reboots,
             show_console: self.options.verbose,
         })?;
         let first = deadline.map_or(limit, |deadline| deadline.min(limit));

@@ -12,6 +12,7 @@ use crate::initramfs::{Archive, PATH};
 use crate::outcome::{End, Outcome};
 use crate::profile::Profile;
 use crate::rig::{Booted, Guest, Rig};
+use crate::toolbox::{Recipe, Toolbox};
 use crate::vm::{Input, Sinks};
 
 /// A file or folder of the machine to be put into the guest.
@@ -48,6 +49,8 @@ pub struct Request {
     pub command: Vec<OsString>,
     /// What else the guest gets.
     pub add: Vec<Addition>,
+    /// Debian packages that the guest gets, with all that they depend on.
+    pub packages: Vec<String>,
     /// The machine.
     pub profile: Profile,
     /// Environment beyond the usual.
@@ -64,6 +67,7 @@ impl Request {
         Self {
             command: command.into_iter().map(Into::into).collect(),
             add: Vec::new(),
+            packages: Vec::new(),
             profile: Profile::default(),
             env: Vec::new(),
             timeout: None,
@@ -84,6 +88,12 @@ pub fn run_command(
 ) -> Result<Outcome> {
     let deadline = request.timeout.map(|timeout| Instant::now() + timeout);
     let mut archive = rig.archive()?;
+    if !request.packages.is_empty() {
+        let mut names: Vec<&str> = request.packages.iter().map(String::as_str).collect();
+        names.sort_unstable();
+        let packages = Toolbox::get(&rig.cache, &Recipe::for_guest(&names))?;
+        archive.packages(&packages.root)?;
+    }
     for addition in &request.add {
         archive.tree(&addition.guest, &addition.host)?;
     }

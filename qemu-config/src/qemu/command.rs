@@ -51,6 +51,10 @@ pub struct Machine {
     pub disks: Vec<Disk>,
     /// The IOMMU.
     pub iommu: Iommu,
+    /// Whether a restart of the guest is one; else QEMU ends.
+    pub may_restart: bool,
+    /// A socket for QEMU's monitor.
+    pub monitor: Option<PathBuf>,
     /// The device server's socket, relative to QEMU's working directory or absolute.
     pub device: Option<PathBuf>,
 }
@@ -135,13 +139,7 @@ pub fn add_arguments(command: &mut Command, machine: &Machine) -> Result<()> {
         Accelerator::Tcg => "tcg,thread=multi",
     };
     command
-        .args([
-            "-nodefaults",
-            "-no-user-config",
-            "-no-reboot",
-            "-display",
-            "none",
-        ])
+        .args(["-nodefaults", "-no-user-config", "-display", "none"])
         .args(["-machine", machine_type, "-accel", accelerator, "-cpu", cpu])
         .arg("-smp")
         .arg(machine.smp.to_string())
@@ -179,6 +177,16 @@ pub fn add_arguments(command: &mut Command, machine: &Machine) -> Result<()> {
             "virtio-blk-pci,drive={name},serial={}",
             disk.serial
         ));
+    }
+    if !machine.may_restart {
+        command.arg("-no-reboot");
+    }
+    if let Some(socket) = &machine.monitor {
+        let path = socket.to_str().context("the monitor's path is not UTF-8")?;
+        // In these values a comma is written twice.
+        let path = path.replace(',', ",,");
+        let monitor = format!("unix:{path},server=on,wait=off");
+        command.args(["-qmp", &monitor]);
     }
     command.args(shared_memory(machine.memory));
     if let Some(socket) = &machine.device {
@@ -224,6 +232,8 @@ mod tests {
                 read_only: false,
             }],
             iommu: Iommu::Intel,
+            may_restart: false,
+            monitor: Some("/a,b".into()),
             device: Some("device.sock".into()),
         };
         let mut command = Command::new("qemu");
@@ -231,6 +241,8 @@ mod tests {
         let text: Vec<_> = command.get_args().map(|a| a.to_string_lossy()).collect();
         assert!(text.iter().any(|a| *a == "max,la57=off"));
         let at = |what: &str| text.iter().position(|a| a.contains(what)).unwrap();
+        at("-no-reboot");
+        at("unix:/a,,b,server=on");
         at("virtio-blk-pci,drive=disk0,serial=swap");
         assert!(at("intel-iommu,") < at("vfio-user-pci"));
         assert!(at("pcie-root-port,id=port1") < at("vfio-user-pci"));

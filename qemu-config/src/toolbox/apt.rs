@@ -103,7 +103,12 @@ impl Apt {
     /// Asks apt which packages are needed, their dependencies among them.
     pub fn resolve(&self, request: &Request<'_>) -> Result<Vec<Package>> {
         let mut command = self.request(request);
-        let text = child::output(command.arg("--print-uris").args(request.packages))
+        // apt leaves out what it has downloaded already: asked with nothing downloaded, it names all.
+        let nothing = self.folder.join("nothing");
+        fs::create_dir_all(nothing.join("partial"))?;
+        let archives = format!("Dir::Cache::archives={}", nothing.display());
+        command.args(["--print-uris", "-o", &archives]);
+        let text = child::output(command.args(request.packages))
             .context("the mirror does not have the packages needed")?;
         let mut found = parse_uris(&text)?;
         if found.is_empty() {

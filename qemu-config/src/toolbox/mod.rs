@@ -31,18 +31,32 @@ const LAYOUT: &str = "1";
 
 /// What a toolbox is made of.
 #[derive(Clone, Debug)]
-pub struct Recipe {
+pub struct Recipe<'a> {
     /// Short name, part of folder names.
-    pub name: &'static str,
+    pub name: &'a str,
     /// For people: what is being fetched.
-    what: &'static str,
-    packages: &'static [&'static str],
+    what: &'a str,
+    packages: &'a [&'a str],
     /// Whether packages may come from backports.
     backports: bool,
     /// What comes along.
     dependencies: Dependencies,
     /// Links that maintainer scripts would have made: (link, target).
-    links: &'static [(&'static str, &'static str)],
+    links: &'a [(&'a str, &'a str)],
+}
+
+impl<'a> Recipe<'a> {
+    /// Packages for the guest, with all that they depend on.
+    pub fn for_guest(packages: &'a [&'a str]) -> Self {
+        Self {
+            name: "guest",
+            what: "packages for the guest",
+            packages,
+            backports: false,
+            dependencies: Dependencies::All,
+            links: &[],
+        }
+    }
 }
 
 /// What is fetched beside the packages that a recipe names.
@@ -69,7 +83,7 @@ impl fmt::Debug for Dependencies {
 }
 
 /// QEMU with a vfio-user client.
-pub const QEMU: Recipe = Recipe {
+pub const QEMU: Recipe<'static> = Recipe {
     name: "qemu",
     what: "QEMU",
     packages: &["qemu-system-x86"],
@@ -79,7 +93,7 @@ pub const QEMU: Recipe = Recipe {
 };
 
 /// The guest's shell tools, and what makes disk images.
-pub const TOOLS: Recipe = Recipe {
+pub const TOOLS: Recipe<'static> = Recipe {
     name: "tools",
     what: "the guest's tools",
     packages: &["busybox-static", "e2fsprogs"],
@@ -89,7 +103,7 @@ pub const TOOLS: Recipe = Recipe {
 };
 
 /// What builds a kernel.
-pub const BUILD: Recipe = Recipe {
+pub const BUILD: Recipe<'static> = Recipe {
     name: "build",
     what: "the compiler",
     packages: &[
@@ -127,7 +141,7 @@ pub const BUILD: Recipe = Recipe {
 };
 
 /// The kernel's source, as one compressed archive.
-pub const SOURCE: Recipe = Recipe {
+pub const SOURCE: Recipe<'static> = Recipe {
     name: "source",
     what: "the kernel's source",
     packages: &["linux-source-6.12"],
@@ -138,7 +152,7 @@ pub const SOURCE: Recipe = Recipe {
 
 /// Debian's own kernel and its modules, as it is. The flavour for machines in clouds has all that a
 /// guest of QEMU needs and a third of the size.
-pub const STOCK: Recipe = Recipe {
+pub const STOCK: Recipe<'static> = Recipe {
     name: "stock",
     what: "Debian's kernel",
     packages: &["linux-image-cloud-amd64"],
@@ -161,7 +175,7 @@ pub struct Toolbox {
 
 impl Toolbox {
     /// The toolbox if it is in the cache already.
-    pub fn find(cache: &Cache, recipe: &Recipe) -> Option<Self> {
+    pub fn find(cache: &Cache, recipe: &Recipe<'_>) -> Option<Self> {
         let text = fs::read_to_string(pointer(cache, recipe).ok()?).ok()?;
         let mut toolbox: Self = serde_json::from_str(&text).ok()?;
         toolbox.root = folder(cache, recipe, &toolbox.key);
@@ -172,7 +186,7 @@ impl Toolbox {
     ///
     /// # Errors
     /// When the machine has no apt or no mirror, or fetching or unpacking fails.
-    pub fn get(cache: &Cache, recipe: &Recipe) -> Result<Self> {
+    pub fn get(cache: &Cache, recipe: &Recipe<'_>) -> Result<Self> {
         if let Some(toolbox) = Self::find(cache, recipe) {
             return Ok(toolbox);
         }
@@ -197,14 +211,14 @@ impl Toolbox {
     }
 }
 
-fn recipe_key(recipe: &Recipe) -> String {
+fn recipe_key(recipe: &Recipe<'_>) -> String {
     Key::new(LAYOUT)
         .with(format!("{recipe:?}"))
         .with(apt::SUITE)
         .finish()
 }
 
-fn pointer(cache: &Cache, recipe: &Recipe) -> Result<PathBuf> {
+fn pointer(cache: &Cache, recipe: &Recipe<'_>) -> Result<PathBuf> {
     cache.path(format!(
         "toolbox/{}-{}.json",
         recipe.name,
@@ -212,7 +226,7 @@ fn pointer(cache: &Cache, recipe: &Recipe) -> Result<PathBuf> {
     ))
 }
 
-fn folder(cache: &Cache, recipe: &Recipe, key: &str) -> PathBuf {
+fn folder(cache: &Cache, recipe: &Recipe<'_>, key: &str) -> PathBuf {
     cache
         .folder()
         .join(format!("toolbox/{}-{key}", recipe.name))
@@ -222,9 +236,9 @@ fn folder(cache: &Cache, recipe: &Recipe, key: &str) -> PathBuf {
 ///
 /// # Errors
 /// When the machine has no apt or no mirror, or fetching or unpacking fails.
-pub fn fetch_missing(cache: &Cache, recipes: &[&Recipe]) -> Result<()> {
-    let absent = |recipe: &&&Recipe| Toolbox::find(cache, recipe).is_none();
-    let mut recipes: Vec<&Recipe> = recipes.iter().filter(absent).copied().collect();
+pub fn fetch_missing(cache: &Cache, recipes: &[&Recipe<'_>]) -> Result<()> {
+    let absent = |recipe: &&&Recipe<'_>| Toolbox::find(cache, recipe).is_none();
+    let mut recipes: Vec<&Recipe<'_>> = recipes.iter().filter(absent).copied().collect();
     // Everybody takes the locks in the same order.
     recipes.sort_by_key(|recipe| recipe.name);
     let mut locks = Vec::new();
@@ -252,7 +266,7 @@ pub fn fetch_missing(cache: &Cache, recipes: &[&Recipe]) -> Result<()> {
     make_all().with_context(|| format!("cannot fetch {what}"))
 }
 
-fn make(cache: &Cache, apt: &Apt, logs: &Path, recipe: &Recipe) -> Result<()> {
+fn make(cache: &Cache, apt: &Apt, logs: &Path, recipe: &Recipe<'_>) -> Result<()> {
     let mut step = Step::begin(format!("downloading {}", recipe.what));
     let named: Vec<String> = match recipe.dependencies {
         Dependencies::Instead => apt.depends_of(recipe.packages)?,

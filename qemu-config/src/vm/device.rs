@@ -1,7 +1,8 @@
 //! The device server of one guest: its start, and the report that it leaves.
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -29,6 +30,8 @@ pub struct DeviceServer {
     pub rig: std::path::PathBuf,
     /// The device's configuration.
     pub config: extlb_device::Config,
+    /// Whether it may be unplugged and plugged in again: else its end is the guest's.
+    pub hot_plug: bool,
 }
 
 /// Starts it, and waits until it listens.
@@ -39,8 +42,9 @@ pub fn start(server: &DeviceServer, folder: &RunFolder) -> Result<Child> {
     let mut command = Command::new(&server.rig);
     command
         .current_dir(folder.path())
-        .args(["device", "--once", "--socket", SOCKET, "--report", REPORT])
+        .args(["device", "--socket", SOCKET, "--report", REPORT])
         .args(["--config", CONFIG])
+        .args((!server.hot_plug).then_some("--once"))
         .stdin(Stdio::null())
         .stdout(output.try_clone()?)
         .stderr(output);
@@ -66,6 +70,16 @@ pub fn start(server: &DeviceServer, folder: &RunFolder) -> Result<Child> {
     Ok(child)
 }
 
+/// Waits until a server that serves one client after the other is through with all of them: it serves
+/// this one after those before it.
+pub fn wait_until_idle(folder: &RunFolder, limit: Duration) -> Result<()> {
+    let mut client = UnixStream::connect(folder.short(SOCKET))?;
+    client.shutdown(std::net::Shutdown::Write)?;
+    client.set_read_timeout(Some(limit))?;
+    client.read_to_end(&mut Vec::new())?;
+    Ok(())
+}
+
 /// The stale accesses and the summary in the device's report. A line cut short by a death is
 /// skipped.
 pub fn read_report(path: &Path) -> (Vec<Value>, Option<Value>) {
@@ -81,11 +95,26 @@ pub fn read_report(path: &Path) -> (Vec<Value>, Option<Value>) {
         };
         match event.get("event").and_then(Value::as_str) {
             Some("stale_access") if stale.len() < KEPT => stale.push(event),
-            Some("summary") => summary = Some(event),
+            Some("summary") => summary = Some(added(summary, event)),
             _ => {}
         }
     }
     (stale, summary)
+}
+
+/// The sum of two summaries, if there are two: one for each time that the device was plugged in.
+fn added(before: Option<Value>, mut summary: Value) -> Value {
+    if let (Some(Value::Object(before)), Value::Object(summary)) = (before, &mut summary) {
+        for (name, value) in before {
+            let sum = value
+                .as_u64()
+                .zip(summary.get(&name).and_then(Value::as_u64));
+            if let Some((a, b)) = sum {
+                summary.insert(name, a.saturating_add(b).into());
+            }
+        }
+    }
+    summary
 }
 
 #[cfg(test)]
@@ -98,13 +127,13 @@ mod tests {
         let path = folder.path().join("report");
         fs::write(
             &path,
-            "{\"event\":\"start\"}\n{\"event\":\"stale_access\",\"iova\":1}\nnot json\n\
+            "{\"event\":\"summary\",\"operations\":2}\n{\"event\":\"stale_access\",\"iova\":1}\nnot json\n\
              {\"event\":\"summary\",\"operations\":5}\n{\"event\":\"stale_acc",
         )
         .unwrap();
         let (stale, summary) = read_report(&path);
         assert_eq!(stale.len(), 1);
-        assert_eq!(summary.unwrap()["operations"], 5);
+        assert_eq!(summary.unwrap()["operations"], 7);
         assert_eq!(read_report(&folder.path().join("none")), (Vec::new(), None));
     }
 }

@@ -1,6 +1,7 @@
 //! The folder of one run: sockets, initramfs, logs. Gone after the run.
 
 use std::fs::{self, File};
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -15,6 +16,7 @@ const LOCK: &str = "lock";
 /// A folder that is removed at the end; if the rig is killed, by the next one.
 pub struct RunFolder {
     folder: TempDir,
+    handle: File,
     _lock: Flock<File>,
 }
 
@@ -33,7 +35,17 @@ impl RunFolder {
             .map_err(|(_, error)| error)
             .context("cannot lock the run folder")?;
         signals::remove_at_end(folder.path());
-        Ok(Self { folder, _lock })
+        let handle = File::open(folder.path())?;
+        Ok(Self {
+            folder,
+            handle,
+            _lock,
+        })
+    }
+
+    /// A path to a socket in it that is short enough for one (108 bytes), wherever the folder is.
+    pub fn short(&self, name: &str) -> PathBuf {
+        format!("/proc/self/fd/{}/{name}", self.handle.as_raw_fd()).into()
     }
 
     /// Its absolute path.

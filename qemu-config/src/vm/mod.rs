@@ -67,6 +67,8 @@ pub struct Start<'a> {
     pub initramfs: &'a mut dyn FnMut(&Path) -> Result<()>,
     /// Where the program's output goes.
     pub sinks: Sinks,
+    /// How often the guest may restart.
+    pub reboots: u32,
     /// The console is copied to standard error.
     pub show_console: bool,
 }
@@ -113,6 +115,11 @@ pub struct Vm {
     events: Receiver<Event>,
     sender: Sender,
     folder: RunFolder,
+    /// The device serves one client after the other and does not end by itself.
+    hot_plug: bool,
+    /// What the agent was asked to set up, in each boot.
+    setup: Setup,
+    reboots_left: u32,
     /// The kernel's release, once the agent has said hello.
     pub kernel: String,
 }
@@ -169,6 +176,9 @@ impl Vm {
             events,
             sender,
             folder,
+            hot_plug: start.device.is_some_and(|device| device.hot_plug),
+            setup: Setup::default(),
+            reboots_left: start.reboots,
             kernel,
         })
     }
@@ -178,7 +188,14 @@ impl Vm {
     /// # Errors
     /// The inner error says that the guest is up and its setup failed; a [`Stop`] that it is not up.
     pub fn wait_until_up(&mut self, setup: Setup, deadline: Instant) -> Result<Result<()>, Stop> {
-        match self.next(Some(deadline))? {
+        let hello = self.next(Some(deadline))?;
+        self.setup = setup;
+        self.welcome(hello, Some(deadline))
+    }
+
+    /// Takes the agent's first message and has it set the guest up.
+    fn welcome(&mut self, hello: ToRig, deadline: Option<Instant>) -> Result<Result<()>, Stop> {
+        match hello {
             ToRig::Hello { protocol, kernel } if protocol == protocol::VERSION => {
                 self.kernel = kernel;
             }
@@ -188,8 +205,8 @@ impl Vm {
                 )));
             }
         }
-        self.send(&ToGuest::Setup(setup))?;
-        match self.next(Some(deadline))? {
+        self.send(&ToGuest::Setup(self.setup.clone()))?;
+        match self.next(deadline)? {
             ToRig::Ready => Ok(Ok(())),
             ToRig::Failed { what } => Ok(Err(anyhow::Error::msg(what))),
             other => Err(Stop::Died(format!(
@@ -198,25 +215,60 @@ impl Vm {
         }
     }
 
-    /// Runs a program to its end; its output goes to the sinks.
+    /// A guest that has started again is set up again, if it may and had no reason to.
+    fn welcome_back(&mut self, hello: ToRig, deadline: Option<Instant>) -> Result<(), Stop> {
+        let Some(left) = self.reboots_left.checked_sub(1) else {
+            return Err(Stop::Died("the guest restarted too often".to_owned()));
+        };
+        self.reboots_left = left;
+        let console = self.console.lock().unwrap_or_else(PoisonError::into_inner);
+        if !console.reports().is_empty() {
+            return Err(Stop::Died(
+                "the guest's kernel gave up and restarted".to_owned(),
+            ));
+        }
+        drop(console);
+        self.welcome(hello, deadline)?
+            .map_err(|error| Stop::Died(format!("the guest could not be set up again: {error:#}")))
+    }
+
+    /// Runs a program to its end; its output goes to the sinks. If the guest restarts meanwhile, and
+    /// may, the program is run again: `EXTLB_BOOT` in its environment counts.
     pub fn run(
         &mut self,
         exec: Exec,
         input: Input,
         deadline: Option<Instant>,
     ) -> Result<Exit, Stop> {
-        self.send(&ToGuest::Exec(exec))?;
+        let boot = |count: u32| {
+            let mut exec = exec.clone();
+            exec.env.push(("EXTLB_BOOT".to_owned(), count.to_string()));
+            ToGuest::Exec(exec)
+        };
+        self.send(&boot(0))?;
         match input {
             Input::Empty => self.send(&ToGuest::StdinEnd)?,
             Input::Forwarded { terminal } => channel::forward_input(&self.sender, terminal)
                 .map_err(|error| Stop::Died(format!("{error:#}")))?,
         }
-        match self.next(deadline)? {
-            ToRig::Exited(exit) => Ok(exit),
-            other => Err(Stop::Died(format!(
-                "the agent answered a program with {other:?}"
-            ))),
+        for count in 1.. {
+            match self.next(deadline)? {
+                ToRig::Exited(exit) => return Ok(exit),
+                hello @ ToRig::Hello { .. } => {
+                    self.welcome_back(hello, deadline)?;
+                    self.send(&boot(count))?;
+                    if input == Input::Empty {
+                        self.send(&ToGuest::StdinEnd)?;
+                    }
+                }
+                other => {
+                    return Err(Stop::Died(format!(
+                        "the agent answered a program with {other:?}"
+                    )));
+                }
+            }
         }
+        Err(Stop::Died("the guest restarted too often".to_owned()))
     }
 
     /// Reads a file of the guest, of at most `limit` bytes.
@@ -272,11 +324,20 @@ impl Vm {
         if let Some(device) = &mut self.device {
             // It has seen its client go; it writes its summary and ends.
             let limit = if orderly { SHUTDOWN } else { DEVICE_END };
-            if !wait_for(device, limit) && orderly {
+            if self.hot_plug {
+                if let Err(error) = device::wait_until_idle(&self.folder, limit)
+                    && orderly
+                {
+                    end = End::Died(format!("the device process is not well: {error:#}"));
+                }
+            } else if !wait_for(device, limit) && orderly {
                 end = End::Died("the device process did not end with its client".to_owned());
             }
+            // Nothing is to be told by the end of one that we end.
+            let ended = device.try_wait().ok().flatten();
             let _ = device.kill();
-            if let Ok(status) = device.wait()
+            let _ = device.wait();
+            if let Some(status) = ended
                 && !status.success()
                 && matches!(end, End::Exited(_))
             {
