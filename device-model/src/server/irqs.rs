@@ -1,4 +1,8 @@
 //! MSI-X by event fds, which the client makes and this side signals.
+//!
+//! An interrupt for a vector that nobody listens to, or that is masked, is pending: it is raised
+//! when the client assigns an event fd or unmasks. So none is lost while a client assigns its
+//! vectors anew, in whatever order it does. At worst one comes that nobody waits for any more.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -11,47 +15,103 @@ use super::transport::IrqRequest;
 use crate::ports::Interrupts;
 use crate::sync::lock;
 
-/// The event fd of each vector.
+/// A vector.
 #[derive(Debug, Default)]
-pub(super) struct Irqs(Mutex<[Option<File>; VECTORS as usize]>);
+struct Line {
+    eventfd: Option<File>,
+    masked: bool,
+    pending: bool,
+}
+
+/// All vectors.
+#[derive(Debug, Default)]
+pub(super) struct Irqs(Mutex<[Line; VECTORS as usize]>);
+
+impl Line {
+    /// Signals; whether somebody listens.
+    fn signal(&self) -> bool {
+        let Some(mut fd) = self.eventfd.as_ref() else {
+            return false;
+        };
+        // It fails only when the counter is at its end, and then the client has been told.
+        let _ = fd.write_all(&1u64.to_ne_bytes());
+        true
+    }
+
+    /// Raises what is pending, if it can be.
+    fn settle(&mut self) {
+        self.pending = self.pending && (self.masked || !self.signal());
+    }
+}
 
 impl Irqs {
     /// Carries out a request whose range was checked.
     pub(super) fn set(&self, request: IrqRequest) -> io::Result<()> {
+        if let IrqRequest::Assign { fds, .. } = &request {
+            for fd in fds {
+                check_eventfd(fd)?;
+            }
+        }
+        let mut lines = lock(&self.0);
+        let lines = &mut *lines;
+        let some = |start: u32, count: u32| start as usize..(start + count) as usize;
         match request {
-            IrqRequest::DisableAll => *lock(&self.0) = Default::default(),
+            IrqRequest::DisableAll => {
+                for line in lines {
+                    (line.eventfd, line.masked) = (None, false);
+                }
+            }
             IrqRequest::Deassign { start, count } => {
-                lock(&self.0)[start as usize..][..count as usize].fill_with(|| None);
+                for line in &mut lines[some(start, count)] {
+                    line.eventfd = None;
+                }
             }
             IrqRequest::Assign { start, fds } => {
-                for fd in &fds {
-                    check_eventfd(fd)?;
-                }
-                let mut vectors = lock(&self.0);
-                for (vector, fd) in vectors[start as usize..].iter_mut().zip(fds) {
-                    *vector = Some(fd);
+                for (line, fd) in lines[start as usize..].iter_mut().zip(fds) {
+                    line.eventfd = Some(fd);
+                    line.settle();
                 }
             }
             IrqRequest::Trigger { start, count } => {
-                for vector in start..start.saturating_add(count) {
-                    self.signal(vector as usize);
+                for line in &lines[some(start, count)] {
+                    line.signal();
+                }
+            }
+            IrqRequest::Mask {
+                start,
+                count,
+                masked,
+            } => {
+                for line in &mut lines[some(start, count)] {
+                    line.masked = masked;
+                    line.settle();
                 }
             }
         }
         Ok(())
     }
 
-    fn signal(&self, vector: usize) {
-        if let Some(Some(mut fd)) = lock(&self.0).get(vector).map(Option::as_ref) {
-            // It fails only when the counter is at its end, and then the client has been told.
-            let _ = fd.write_all(&1u64.to_ne_bytes());
+    /// The device was reset: nothing is pending. Event fds stay, as VFIO has it.
+    pub(super) fn reset(&self) {
+        for line in &mut *lock(&self.0) {
+            line.pending = false;
         }
+    }
+
+    /// The pending bits, bit n for vector n.
+    pub(super) fn pending(&self) -> u64 {
+        let lines = lock(&self.0);
+        let bits = lines.iter().enumerate();
+        bits.fold(0, |bits, (n, line)| bits | u64::from(line.pending) << n)
     }
 }
 
 impl Interrupts for Irqs {
     fn raise(&self, vector: Vector) {
-        self.signal(vector as usize);
+        if let Some(line) = lock(&self.0).get_mut(vector as usize) {
+            line.pending = true;
+            line.settle();
+        }
     }
 }
 

@@ -1,7 +1,9 @@
 //! The device behind a vfio-user socket, for `vfio-user-pci` of QEMU.
 //!
-//! One client at a time; each has a fresh device. A client that breaks the protocol ends its own
-//! session and nothing else.
+//! One client at a time; each has a fresh device. A second one can connect, and waits: its first
+//! message is answered when the first client has left. A client that leaves, or dies, leaves a
+//! device that is stopped: when the next one is served, nothing reaches the memory of the one
+//! before. A client that breaks the protocol ends its own session and nothing else.
 
 mod irqs;
 mod memory_map;

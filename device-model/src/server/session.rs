@@ -4,6 +4,8 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
+use extlb_spec::{BAR_MSIX, MSIX_PBA_OFFSET};
+
 use super::Error;
 use super::irqs::Irqs;
 use super::memory_map::MemoryMap;
@@ -56,6 +58,16 @@ impl Session {
         self.device.totals()
     }
 
+    /// The pending bits; the table is the client's, and reads as zero here.
+    fn read_msix(&self, offset: u64, data: &mut [u8]) {
+        let pending = self.irqs.pending().to_le_bytes();
+        for (at, byte) in (offset..).zip(data) {
+            let at = at.checked_sub(u64::from(MSIX_PBA_OFFSET));
+            let at = at.and_then(|at| usize::try_from(at).ok());
+            *byte = at.and_then(|at| pending.get(at)).copied().unwrap_or(0);
+        }
+    }
+
     /// When this returns, no access to what was taken out of the map is under way. An operation
     /// that has found out where to go, and goes there only now, meets a bus error.
     fn settle(&self, removed: Removed) {
@@ -68,15 +80,17 @@ impl Session {
 impl Endpoint for Session {
     fn read(&mut self, region: Region, offset: u64, data: &mut [u8]) -> io::Result<()> {
         match region {
-            Region::Bar(bar) => self.device.mmio_read(bar, offset, data),
             Region::Config => self.pci.read(offset, data),
+            // Powered down: nobody answers.
+            Region::Bar(_) if !self.pci.is_awake() => data.fill(0xff),
+            Region::Bar(BAR_MSIX) => self.read_msix(offset, data),
+            Region::Bar(bar) => self.device.mmio_read(bar, offset, data),
         }
         Ok(())
     }
 
     fn write(&mut self, region: Region, offset: u64, data: &[u8]) -> io::Result<()> {
         match region {
-            Region::Bar(bar) => self.device.mmio_write(bar, offset, data),
             Region::Config => {
                 let effect = self.pci.write(offset, data);
                 if let Some(on) = effect.bus_master {
@@ -84,8 +98,11 @@ impl Endpoint for Session {
                 }
                 if effect.reset {
                     self.device.reset();
+                    self.irqs.reset();
                 }
             }
+            Region::Bar(_) if !self.pci.is_awake() => {}
+            Region::Bar(bar) => self.device.mmio_write(bar, offset, data),
         }
         Ok(())
     }
@@ -132,6 +149,7 @@ impl Endpoint for Session {
         self.pci = ConfigSpace::new();
         self.device.set_bus_master(false);
         self.device.reset();
+        self.irqs.reset();
         Ok(())
     }
 

@@ -35,6 +35,12 @@ pub(super) enum IrqRequest {
     Deassign { start: u32, count: u32 },
     /// Raise, for a test of the path.
     Trigger { start: u32, count: u32 },
+    /// Hold back, or let go again.
+    Mask {
+        start: u32,
+        count: u32,
+        masked: bool,
+    },
 }
 
 /// What the client may ask of the device.
@@ -133,7 +139,9 @@ fn irqs() -> Vec<IrqInfo> {
         .map(|index| match index {
             v::VFIO_PCI_MSIX_IRQ_INDEX => IrqInfo {
                 index,
-                flags: v::VFIO_IRQ_INFO_EVENTFD | v::VFIO_IRQ_INFO_NORESIZE,
+                flags: v::VFIO_IRQ_INFO_EVENTFD
+                    | v::VFIO_IRQ_INFO_MASKABLE
+                    | v::VFIO_IRQ_INFO_NORESIZE,
                 count: VECTORS,
             },
             _ => IrqInfo {
@@ -211,24 +219,37 @@ impl ServerBackend for Backend<'_> {
         let none = flags & v::VFIO_IRQ_SET_DATA_NONE != 0;
         let eventfd = flags & v::VFIO_IRQ_SET_DATA_EVENTFD != 0;
         if index != v::VFIO_PCI_MSIX_IRQ_INDEX {
-            return match count == 0 || fds.is_empty() {
+            // To switch off what is not there is fine.
+            return match count == 0 || eventfd && fds.is_empty() {
                 true => Ok(()),
                 false => Err(invalid("the device has MSI-X only")),
             };
         }
-        if flags & v::VFIO_IRQ_SET_ACTION_TRIGGER == 0 {
-            // Masking is done by the client, which has the MSI-X table.
-            return Ok(());
-        }
         if start.checked_add(count).is_none_or(|end| end > VECTORS) {
             return Err(invalid("no such vector"));
         }
-        let request = match (none, eventfd) {
-            (true, _) if count == 0 => IrqRequest::DisableAll,
-            (true, _) => IrqRequest::Trigger { start, count },
-            (false, true) if fds.is_empty() => IrqRequest::Deassign { start, count },
-            (false, true) if fds.len() == count as usize => IrqRequest::Assign { start, fds },
-            _ => return Err(invalid("count and file descriptors do not match")),
+        let mask = |masked| IrqRequest::Mask {
+            start,
+            count,
+            masked,
+        };
+        let action = flags & v::VFIO_IRQ_SET_ACTION_TYPE_MASK;
+        let request = match (action, none, eventfd) {
+            (v::VFIO_IRQ_SET_ACTION_MASK, true, false) => mask(true),
+            (v::VFIO_IRQ_SET_ACTION_UNMASK, true, false) => mask(false),
+            (v::VFIO_IRQ_SET_ACTION_TRIGGER, true, false) if count == 0 => IrqRequest::DisableAll,
+            (v::VFIO_IRQ_SET_ACTION_TRIGGER, true, false) => IrqRequest::Trigger { start, count },
+            (v::VFIO_IRQ_SET_ACTION_TRIGGER, false, true) if fds.is_empty() => {
+                IrqRequest::Deassign { start, count }
+            }
+            (v::VFIO_IRQ_SET_ACTION_TRIGGER, false, true) if fds.len() == count as usize => {
+                IrqRequest::Assign { start, fds }
+            }
+            _ => {
+                return Err(invalid(
+                    "no such request, or not as many event fds as vectors",
+                ));
+            }
         };
         self.0.irqs(request)
     }
