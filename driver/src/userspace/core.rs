@@ -421,7 +421,9 @@ impl<H: Hardware> Core<H> {
         let write = access == Access::Exclusive;
         space.life.queue.check()?;
         let handle = space.lock().reserve(&range, write)?;
-        let mapped = lock(&self.bus).allocate(addr, len).and_then(|slot| {
+        // Apart from what follows: the lock is taken again there.
+        let slot = lock(&self.bus).allocate(addr, len);
+        let mapped = slot.and_then(|slot| {
             match self.hardware.map(addr, len, slot.start, write) {
                 Ok(()) => Ok(slot),
                 Err(error) => {
