@@ -423,15 +423,15 @@ impl<H: Hardware> Core<H> {
         let handle = space.lock().reserve(&range, write)?;
         // Apart from what follows: the lock is taken again there.
         let slot = lock(&self.bus).allocate(addr, len);
-        let mapped = slot.and_then(|slot| {
-            match self.hardware.map(addr, len, slot.start, write) {
+        let mapped = slot.and_then(
+            |slot| match self.hardware.map(addr, len, slot.start, write) {
                 Ok(()) => Ok(slot),
                 Err(error) => {
                     lock(&self.bus).free(slot);
                     Err(error)
                 }
-            }
-        });
+            },
+        );
         let slot = match mapped {
             Ok(slot) => slot,
             Err(error) => {
