@@ -3,5 +3,6 @@
 //! The rig depends on this crate for [`protocol`] only: both ends are compiled from one definition.
 
 pub mod agent;
+pub mod bench;
 pub mod protocol;
 pub mod tour;

@@ -118,6 +118,9 @@ pub fn run(
     );
     let stale = figures.stale_accesses.unwrap_or(u64::MAX);
     ensure!(stale == 0, "{stale} stale accesses");
+    let rate = super::small_copies::per_second(&context)?;
+    figures.small_copies_per_second = Some(rate.round());
+    println!("  {rate:.0} copies of 4 KiB a second");
     Ok(format!(
         "{} MiB copied and summed by address in {:.1} s, {requests} page requests, nothing locked",
         len >> 20,

@@ -57,6 +57,18 @@ pub struct Figures {
     pub vm_lck_kib: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vm_pin_kib: Option<u64>,
+    /// Memory that the device may touch.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub registered_kib: Option<u64>,
+    /// The largest working set that the device worked on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub working_set_mib: Option<u64>,
+    /// The least memory that was available to others meanwhile.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub available_least_kib: Option<u64>,
+    /// Copies of 4 KiB, many under way, between pages that the device has used before.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub small_copies_per_second: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rss_before_kib: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -7,7 +7,7 @@ use std::ptr::NonNull;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use extlb_driver::spec::work::Descriptor;
-use extlb_driver::{Iova, Kernel, Pending, Raw, Submitter};
+use extlb_driver::{Backing, Iova, Pending, Raw, Submitter};
 use nix::libc;
 use nix::sys::mman::{
     MRemapFlags, MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, mprotect, mremap, munmap,
@@ -190,10 +190,10 @@ impl Drop for Area {
 ///
 /// The descriptor's operands must lie in areas (asserted by those who make it from
 /// [`Area::addr`]), which hold no Rust objects at any time.
-pub fn submit(
-    to: &Submitter<'_, Kernel>,
+pub fn submit<B: Backing>(
+    to: &Submitter<'_, B>,
     descriptor: Descriptor,
-) -> Result<Pending<Kernel, Raw, ()>> {
+) -> Result<Pending<B, Raw, ()>> {
     // SAFETY: as said above; where the areas are unmapped, the device faults.
     Ok(unsafe { to.submit_raw(descriptor) }?)
 }

@@ -11,8 +11,10 @@ mod negative_control;
 mod pinned;
 mod procfs;
 mod random;
+mod small_copies;
 mod traffic;
 mod unmap_under_fire;
+mod vfio;
 mod words;
 
 use std::path::PathBuf;
@@ -21,7 +23,7 @@ use std::process::ExitCode;
 use anyhow::{Context as _, Result, bail};
 use clap::{Parser, Subcommand};
 use extlb_driver::{Device, Kernel};
-use figures::{Report, StepReport};
+use figures::{Figures, Report, StepReport};
 
 /// Where the guest has the input file.
 const DEFAULT_INPUT: &str = "/mnt/input/input";
@@ -42,6 +44,9 @@ struct Arguments {
     /// Operations on the memory in the step unmap-under-fire
     #[arg(long, default_value_t = 10_000)]
     operations: u64,
+    /// The tour on an ordinary kernel: the device is bound to vfio-pci, EXTLB_BDF says where it is
+    #[arg(long)]
+    vfio: bool,
     /// Seed of everything that is random
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -66,9 +71,15 @@ enum Other {
         /// MiB to pin
         mib: u64,
     },
+    /// Part of the step memory-pressure with --vfio: lock memory, which must fail
+    #[command(hide = true)]
+    VfioChild {
+        /// MiB to lock
+        mib: u64,
+    },
 }
 
-type Step = fn(&Arguments, &Device<Kernel>, &mut figures::Figures) -> Result<String>;
+type Step = fn(&Arguments, &Device<Kernel>, &mut Figures) -> Result<String>;
 
 /// The steps in the order in which they are done.
 const STEPS: [(&str, Step); 4] = [
@@ -84,6 +95,7 @@ pub fn main() -> ExitCode {
     let outcome = match &arguments.command {
         Some(Other::Load { seconds }) => load::run(*seconds).map(|()| true),
         Some(Other::PinnedChild { mib }) => return pinned::child(*mib),
+        Some(Other::VfioChild { mib }) => return vfio::child(*mib),
         None => tour(&arguments),
     };
     match outcome {
@@ -98,28 +110,59 @@ pub fn main() -> ExitCode {
 
 /// Does the steps; whether all passed.
 fn tour(arguments: &Arguments) -> Result<bool> {
+    let names = match arguments.vfio {
+        true => vfio::STEPS.to_vec(),
+        false => STEPS.map(|(name, _)| name).to_vec(),
+    };
     if arguments.list {
-        STEPS.iter().for_each(|(name, _)| println!("{name}"));
+        names.iter().for_each(|name| println!("{name}"));
         return Ok(true);
     }
     for name in &arguments.steps {
-        if !STEPS.iter().any(|(known, _)| known == name) {
+        if !names.contains(&name.as_str()) {
             bail!("there is no step {name:?}; --list names them");
         }
     }
-    let device = Device::open(Kernel::new())?;
-    let mut report = Report {
-        passed: true,
-        steps: Vec::new(),
+    let mut runner = Runner {
+        wanted: arguments.steps.clone(),
+        report: Report {
+            passed: true,
+            steps: Vec::new(),
+        },
     };
-    for (name, step) in STEPS {
-        if !arguments.steps.is_empty() && !arguments.steps.iter().any(|wanted| wanted == name) {
-            continue;
+    if arguments.vfio {
+        vfio::run(arguments, &mut runner)?;
+    } else {
+        let device = Device::open(Kernel::new())?;
+        for (name, step) in STEPS {
+            runner.step(name, |figures| step(arguments, &device, figures));
+        }
+    }
+    let report = runner.report;
+    if let Some(path) = &arguments.json {
+        let text = serde_json::to_vec_pretty(&report)?;
+        std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(report.passed)
+}
+
+/// Does one step after the other and keeps what comes of them.
+struct Runner {
+    /// All, if there are none.
+    wanted: Vec<String>,
+    report: Report,
+}
+
+impl Runner {
+    /// Does a step, if it is wanted.
+    fn step(&mut self, name: &'static str, step: impl FnOnce(&mut Figures) -> Result<String>) {
+        if !self.wanted.is_empty() && !self.wanted.iter().any(|wanted| wanted == name) {
+            return;
         }
         println!("---- {name}");
-        let mut figures = figures::Figures::default();
+        let mut figures = Figures::default();
         let begun = std::time::Instant::now();
-        let outcome = step(arguments, &device, &mut figures);
+        let outcome = step(&mut figures);
         figures
             .seconds
             .get_or_insert(figures::seconds(begun.elapsed()));
@@ -134,17 +177,12 @@ fn tour(arguments: &Arguments) -> Result<bool> {
                 Some(why)
             }
         };
-        report.passed &= why.is_none();
-        report.steps.push(StepReport {
+        self.report.passed &= why.is_none();
+        self.report.steps.push(StepReport {
             name,
             passed: why.is_none(),
             why,
             figures,
         });
     }
-    if let Some(path) = &arguments.json {
-        let text = serde_json::to_vec_pretty(&report)?;
-        std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
-    }
-    Ok(report.passed)
 }

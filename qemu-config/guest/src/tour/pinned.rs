@@ -2,7 +2,7 @@
 
 use std::io::Read;
 use std::os::unix::process::ExitStatusExt;
-use std::process::{Command, ExitCode, Stdio};
+use std::process::{Command, ExitCode, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -12,7 +12,7 @@ use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 use super::procfs;
 
 /// The child's way of saying that it failed as it should.
-const OUT_OF_MEMORY: u8 = 3;
+pub const OUT_OF_MEMORY: u8 = 3;
 const PATIENCE: Duration = Duration::from_secs(30);
 /// Memory is registered in pieces of this size: about half of the guest's. The first is pinned for
 /// real; by the second the driver says no. Smaller ones would find the end of memory through the
@@ -21,13 +21,29 @@ const PIECE_MIB: u64 = 128;
 
 /// Registers so much memory, pinned; what happened. Fails if it does not fail.
 pub fn must_fail(mib: u64) -> Result<String> {
+    run_child(&["pinned-child", &mib.to_string()])?.must_have_failed(mib)
+}
+
+/// How a child ended.
+pub struct Ended {
+    status: ExitStatus,
+    /// All that it printed.
+    pub said: String,
+    /// The most that it had locked (VmLck and VmPin), as far as it was seen.
+    pub locked_kib: u64,
+    /// The least that was available to everybody else meanwhile.
+    pub available_kib: u64,
+}
+
+/// Runs this program with other arguments, and watches it.
+pub fn run_child(arguments: &[&str]) -> Result<Ended> {
     let program = std::env::current_exe().context("the path of this program")?;
     let mut child = Command::new(program)
-        .args(["pinned-child", &mib.to_string()])
+        .args(arguments)
         .stdout(Stdio::piped())
         .spawn()
         .context("cannot start a child")?;
-    let mut most = 0;
+    let (mut locked_kib, mut available_kib) = (0, u64::MAX);
     let begun = Instant::now();
     let status = loop {
         if let Some(status) = child.try_wait()? {
@@ -41,25 +57,47 @@ pub fn must_fail(mib: u64) -> Result<String> {
                 PATIENCE.as_secs()
             );
         }
-        let pinned = procfs::status_kib_of(&child.id().to_string(), "VmPin");
-        most = pinned.unwrap_or(0).max(most);
+        let pid = child.id().to_string();
+        let field = |name| procfs::status_kib_of(&pid, name).unwrap_or(0);
+        locked_kib = locked_kib.max(field("VmLck") + field("VmPin"));
+        available_kib = available_kib.min(procfs::meminfo_kib("MemAvailable")?);
         std::thread::sleep(Duration::from_millis(20));
     };
     let mut said = String::new();
     if let Some(mut output) = child.stdout.take() {
         output.read_to_string(&mut said)?;
     }
-    let said = said.trim();
-    match (status.code(), status.signal()) {
-        (Some(code), _) if code == i32::from(OUT_OF_MEMORY) => Ok(said.to_owned()),
-        // The kernel's own verdict: the child told it that it is the one to go.
-        (None, Some(nix::libc::SIGKILL)) => Ok(format!(
-            "killed for lack of memory with {} MiB pinned",
-            most >> 10
-        )),
-        (Some(0), _) => bail!("{mib} MiB were pinned: the guest has too much memory for this step"),
-        _ => bail!("the child ended with {status}: {said}"),
+    Ok(Ended {
+        status,
+        said,
+        locked_kib,
+        available_kib,
+    })
+}
+
+impl Ended {
+    /// What happened, if it is what has to happen: the child was refused, or killed for its greed.
+    pub fn must_have_failed(&self, mib: u64) -> Result<String> {
+        let last = self.said.trim().lines().next_back().unwrap_or_default();
+        match (self.status.code(), self.status.signal()) {
+            (Some(code), _) if code == i32::from(OUT_OF_MEMORY) => Ok(last.to_owned()),
+            // The kernel's own verdict: the child told it that it is the one to go.
+            (None, Some(nix::libc::SIGKILL)) => Ok(format!(
+                "killed for lack of memory with {} MiB pinned",
+                self.locked_kib >> 10
+            )),
+            (Some(0), _) => {
+                bail!("{mib} MiB were pinned: the guest has too much memory for this step")
+            }
+            _ => bail!("the child ended with {}: {last}", self.status),
+        }
     }
+}
+
+/// If somebody has to die for lack of memory, it is this process; and no limit saves it from that.
+pub fn be_the_one_to_go() -> Result<()> {
+    std::fs::write("/proc/self/oom_score_adj", "1000").context("oom_score_adj")?;
+    setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY).context("RLIMIT_MEMLOCK")
 }
 
 /// The child.
@@ -78,9 +116,7 @@ pub fn child(mib: u64) -> ExitCode {
 }
 
 fn pin(mib: u64) -> Result<Option<String>> {
-    // If somebody has to die for it, it is this process.
-    std::fs::write("/proc/self/oom_score_adj", "1000").context("oom_score_adj")?;
-    setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY).context("RLIMIT_MEMLOCK")?;
+    be_the_one_to_go()?;
     let device = Device::open(Kernel::new())?;
     let context = device.context(Options {
         follow: Follow::PINNED,
