@@ -83,6 +83,8 @@
 //! An operation that the device could not do has an error of its own ([`Completed::result`]) and
 //! the queue goes on. Errors of [`Pending::wait`] itself mean that the queue has ended.
 
+#[cfg(feature = "conformance")]
+pub mod conformance;
 mod context;
 mod error;
 pub mod hardware;

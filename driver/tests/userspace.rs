@@ -1,11 +1,9 @@
 //! The driver in user space, over a device in this process.
 
-use std::time::Duration;
-
 use extlb_device::Config as DeviceConfig;
 use extlb_driver::hardware::LocalDevice;
 use extlb_driver::userspace::{Config, Userspace};
-use extlb_driver::{Device, Error, Options};
+use extlb_driver::{Device, Options};
 
 fn open(device: DeviceConfig) -> Device<Userspace<LocalDevice>> {
     let hardware = LocalDevice::new(device).unwrap();
