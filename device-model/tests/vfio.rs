@@ -168,7 +168,12 @@ fn a_reset_keeps_event_fds_and_forgets_what_is_pending() {
 
 #[test]
 fn in_d3hot_the_device_is_silent_and_wakes_as_it_was() {
-    let served = Served::new(Config::default(), true);
+    // It polls all the while, so that it would see a descriptor without being told.
+    let poll = Config {
+        poll_us: 1_000_000,
+        ..Config::default()
+    };
+    let served = Served::new(poll, true);
     let mut wire = Wire::connect(&served.socket);
     wire.start();
     wire.set_config(PM_CONTROL, &[3]);
@@ -178,7 +183,10 @@ fn in_d3hot_the_device_is_silent_and_wakes_as_it_was() {
     assert_eq!(wire.config(PM_CONTROL, 2) & 3, 3);
     let n = wire.submit(nop(false));
     wire.set(regs::CTRL, regs::ctrl::RESET.into());
-    assert_eq!(wire.record(n).status, 0);
+    for _ in 0..500 {
+        wire.config(PM_CONTROL, 2);
+        assert_eq!(wire.record(n).status, 0);
+    }
     wire.set_config(PM_CONTROL, &[0]);
     assert_eq!(
         wire.get(regs::STATUS),
