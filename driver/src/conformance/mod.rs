@@ -237,7 +237,7 @@ fn said(panic: &(dyn std::any::Any + Send)) -> String {
     format!("panicked: {}", text.unwrap_or("without a word"))
 }
 
-#[cfg(test)]
+#[cfg(all(test, feature = "inprocess"))]
 mod tests {
     use super::*;
     use crate::hardware::LocalDevice;
