@@ -3,14 +3,15 @@
 
 use std::ffi::c_void;
 use std::num::NonZeroUsize;
+#[cfg(feature = "socket")]
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
 
 use extlb_spec::PAGE_SIZE;
 use nix::errno::Errno;
-use nix::sys::mman::{
-    MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous, mprotect, munmap,
-};
+#[cfg(feature = "socket")]
+use nix::sys::mman::mmap;
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, mprotect, munmap};
 
 use crate::error::{Error, Result};
 
@@ -79,14 +80,17 @@ impl Pages {
         Ok(pages)
     }
 
-    /// The first `len` bytes of a memory file, shared with whoever else has it.
-    pub(super) fn shared(file: impl AsFd, len: usize) -> Result<Self> {
+    /// `len` bytes of a memory file, shared with whoever else has it.
+    #[cfg(feature = "socket")]
+    pub(super) fn shared(file: impl AsFd, offset: u64, len: usize) -> Result<Self> {
+        let offset = nix::libc::off_t::try_from(offset);
+        let offset = offset.map_err(|_| Error::Argument("beyond the end of all files"))?;
         let pages = Self::reserve(len)?;
         let flags = MapFlags::MAP_SHARED | MapFlags::MAP_FIXED;
         let size = NonZeroUsize::new(len).expect("`reserve` refuses none");
         let at = NonZeroUsize::new(pages.addr.as_ptr() as usize);
         // SAFETY: takes the place of the reservation, which is exactly as long and ours.
-        unsafe { mmap(at, size, read_write(), flags, file, 0) }.map_err(failed("mmap"))?;
+        unsafe { mmap(at, size, read_write(), flags, file, offset) }.map_err(failed("mmap"))?;
         Ok(pages)
     }
 

@@ -49,7 +49,8 @@ const DEVICE_RESET: Command = Command(13, "DEVICE_RESET");
 const DEVICE_RESETTABLE: u32 = 1 << 0;
 const DEVICE_PCI: u32 = 1 << 1;
 const MSIX: u32 = 2;
-const READ_WRITE: u32 = 0b11;
+const READ: u32 = 1 << 0;
+const WRITE: u32 = 1 << 1;
 const EVENTFDS_TO_TRIGGER: u32 = 1 << 2 | 1 << 5;
 
 /// A connection. After the first failure of the transport it stays dead, and every call says so.
@@ -191,8 +192,11 @@ impl Client {
         offset: u64,
         at: u64,
         len: u64,
+        write: bool,
     ) -> Result<()> {
-        let body = Body::default().u32(32).u32(READ_WRITE);
+        let body = Body::default()
+            .u32(32)
+            .u32(READ | if write { WRITE } else { 0 });
         let body = body.u64(offset).u64(at).u64(len);
         self.call(DMA_MAP, &body, &[file.as_raw_fd()]).map(drop)
     }

@@ -27,8 +27,8 @@ use crate::memory_unsafe::{Access, Fork, Memory, Sharing};
 /// A device that a vfio-user server has: `extlb-device --socket-path PATH`. No VM, no kernel
 /// driver, no rights are needed.
 ///
-/// The server sees of this process what [`Hardware::allocate`] and [`Hardware::map_file`] made and
-/// [`Hardware::map`] has sent to it, as files, and nothing else.
+/// The server sees of this process what [`Hardware::allocate`] and [`Hardware::map_file`] made, and
+/// nothing else.
 ///
 /// When the server dies, or does not answer for ten seconds, the device is gone for good: reads
 /// give all ones, writes are lost, all other calls [`Error::Dead`].
@@ -55,7 +55,7 @@ impl Socket {
         Ok(Self {
             client: Mutex::new(client),
             events,
-            pieces: Arc::default(),
+            pieces: Arc::new(Pieces::new()?),
             name: format!("vfio-user socket {}", path.display()),
             server: None,
         })
@@ -127,7 +127,8 @@ fn within(bar: u8, offset: u64, width: u8) -> bool {
 
 // SAFETY:
 // - `allocate` and `map_file` return `SocketMemory`.
-// - The server has no memory of this process but the files that `map` sends.
+// - The server has no memory of this process but the file of `Pieces`, and the device of that what
+//   `map` has sent. A range of the file serves nobody else before it was unmapped.
 // - `unmap` is `Ok` after the server's answer, which comes after accesses under way have ended
 //   (the protocol says so of DMA_UNMAP; the server waits in `quiesce`). A refusal or a lost answer
 //   is an error.
@@ -155,13 +156,14 @@ unsafe impl Hardware for Socket {
         };
         let memory = self.memory(pages, Access::ReadOnly)?;
         let copy = || -> std::io::Result<()> {
-            let to = File::from(memory.owned.file().try_clone()?);
+            let to = File::from(self.pieces.fd().try_clone()?);
+            let start = memory.owned.offset();
             let mut buffer = vec![0; len.min(1 << 20)];
             let mut done = 0;
             while done < len {
                 let piece = (len - done).min(buffer.len());
                 file.read_exact_at(&mut buffer[..piece], range.start + done as u64)?;
-                to.write_all_at(&buffer[..piece], done as u64)?;
+                to.write_all_at(&buffer[..piece], start + done as u64)?;
                 done += piece;
             }
             Ok(())
@@ -199,20 +201,26 @@ unsafe impl Hardware for Socket {
         bus::usable(std::iter::once(0..u64::MAX))
     }
 
-    /// The server maps all memory for writing, whatever `write` says: what the device writes to is
-    /// then up to its own page table.
-    ///
     /// # Errors
     /// [`Error::Unsupported`] for what this hardware has not allocated itself.
-    fn map(&self, addr: Iova, len: u64, bus: Gpa, _write: bool) -> Result<()> {
-        let (file, offset) = self.pieces.find(addr, len).ok_or(Error::Unsupported(
+    fn map(&self, addr: Iova, len: u64, bus: Gpa, write: bool) -> Result<()> {
+        let lent = self.pieces.lend(addr, len, bus);
+        let offset = lent.ok_or(Error::Unsupported(
             "memory that was not allocated through it",
         ))?;
-        self.client().map(file.as_fd(), offset, bus.0, len)
+        let mut client = self.client();
+        let mapped = client.map(self.pieces.fd().as_fd(), offset, bus.0, len, write);
+        if let Err(Error::Hardware(_)) = mapped {
+            // A refusal. After any other error nobody knows what the server has.
+            self.pieces.take_back(bus, len);
+        }
+        mapped
     }
 
     fn unmap(&self, bus: Gpa, len: u64) -> Result<()> {
-        self.client().unmap(bus.0, len)
+        self.client().unmap(bus.0, len)?;
+        self.pieces.take_back(bus, len);
+        Ok(())
     }
 
     fn interrupt(&self, vector: Vector) -> &EventFd {
