@@ -84,9 +84,11 @@ fn leaves_are_as_large_as_they_can_be() {
 /// operations that ended with a bus error, faults on the bus).
 fn unmap_under_work(skip_drain: bool) -> (u32, u32, u64) {
     const PAGES: u64 = 6;
-    let mut config = DeviceConfig::default();
-    // One works while the other serves commands, so that these meet an access under way.
-    config.engines = 2;
+    let mut config = DeviceConfig {
+        // One works while the other serves commands, so that these meet an access under way.
+        engines: 2,
+        ..DeviceConfig::default()
+    };
     config.debug.bus_delay_us = 2000;
     config.debug.skip_drain = skip_drain;
     let device = open(config);

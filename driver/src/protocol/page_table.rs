@@ -135,19 +135,6 @@ impl PageTable {
         Ok(Gpa(table.0 + index(iova, level) * 8))
     }
 
-    /// Sets the leaf of the page at `iova`, whatever was there.
-    pub(crate) fn set(
-        &mut self,
-        memory: &impl BusMemory,
-        pages: &mut impl Pages,
-        iova: Iova,
-        page: Gpa,
-        write: bool,
-    ) -> Result<()> {
-        let at = self.make_entry(memory, pages, iova, 1)?;
-        memory.store_u64(at, self.format.leaf(page, write, 1), Ordering::Release)
-    }
-
     /// Maps a range that is not mapped to `[to, …)`, with leaves as large as fit; how many. After
     /// an error some may be there.
     pub(crate) fn set_range(
@@ -174,16 +161,6 @@ impl PageTable {
             iova = Iova(iova.0 + leaf_size(level));
         }
         Ok(leaves)
-    }
-
-    /// Clears the leaf of a page; whether there was one.
-    pub(crate) fn clear(&self, memory: &impl BusMemory, iova: Iova) -> Result<bool> {
-        let Some(at) = self.entry(memory, iova, 1)? else {
-            return Ok(false);
-        };
-        let was = Self::load(memory, at)?;
-        memory.store_u64(at, 0, Ordering::Release)?;
-        Ok(was.is_present())
     }
 
     /// Takes a range out that [`PageTable::set_range`] has put in, and tables of 4 KiB leaves that
@@ -231,20 +208,46 @@ impl PageTable {
         Ok(true)
     }
 
-    /// The leaf of a page.
-    #[cfg_attr(not(feature = "inprocess"), allow(dead_code))]
-    pub(crate) fn get(&self, memory: &impl BusMemory, iova: Iova) -> Result<Pte> {
-        match self.entry(memory, iova, 1)? {
-            Some(at) => Self::load(memory, at),
-            None => Ok(Pte::EMPTY),
-        }
-    }
-
     /// Gives all pages back. Nobody may walk it any more.
     pub(crate) fn free(self, pages: &mut impl Pages) {
         for table in self.tables {
             pages.give_back(table);
         }
         pages.give_back(self.root);
+    }
+}
+
+/// Page by page, for the kernel that plays in this process.
+#[cfg(feature = "inprocess")]
+impl PageTable {
+    /// Sets the leaf of the page at `iova`, whatever was there.
+    pub(crate) fn set(
+        &mut self,
+        memory: &impl BusMemory,
+        pages: &mut impl Pages,
+        iova: Iova,
+        page: Gpa,
+        write: bool,
+    ) -> Result<()> {
+        let at = self.make_entry(memory, pages, iova, 1)?;
+        memory.store_u64(at, self.format.leaf(page, write, 1), Ordering::Release)
+    }
+
+    /// Clears the leaf of a page; whether there was one.
+    pub(crate) fn clear(&self, memory: &impl BusMemory, iova: Iova) -> Result<bool> {
+        let Some(at) = self.entry(memory, iova, 1)? else {
+            return Ok(false);
+        };
+        let was = Self::load(memory, at)?;
+        memory.store_u64(at, 0, Ordering::Release)?;
+        Ok(was.is_present())
+    }
+
+    /// The leaf of a page.
+    pub(crate) fn get(&self, memory: &impl BusMemory, iova: Iova) -> Result<Pte> {
+        match self.entry(memory, iova, 1)? {
+            Some(at) => Self::load(memory, at),
+            None => Ok(Pte::EMPTY),
+        }
     }
 }
