@@ -1,8 +1,7 @@
 //! From nothing to the first DMA: the device copies a buffer, by the addresses of this program.
 //!
-//! `cargo build -p extlb-driver -p extlb-device --example first_dma`, then, each by itself:
-//!
 //! ```text
+//! cargo build -p extlb-driver -p extlb-device --example first_dma --bin extlb-device
 //! target/debug/examples/first_dma in-process          # the device is a part of this program
 //! target/debug/examples/first_dma socket              # in a process of its own, started for this
 //! target/debug/examples/first_dma socket PATH         # of `extlb-device --socket-path PATH`
