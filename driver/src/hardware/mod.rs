@@ -5,10 +5,10 @@
 //! | | the device is | needs | memory is | take it |
 //! |---|---|---|---|---|
 //! | [`crate::Kernel`] | the machine's, shared by all | `extlb.ko` | not locked: it may be swapped and moved, the device follows | whenever the kernel can be chosen |
-//! | `VfioCdev` (feature `vfio`) | this program's alone | vfio-pci, an IOMMU, a kernel with `CONFIG_VFIO_DEVICE_CDEV` | locked while it is registered | on an ordinary kernel that is new enough; the way that VFIO goes on |
+//! | `VfioCdev` (feature `vfio`) | this program's alone | vfio-pci, an IOMMU, a kernel with `CONFIG_VFIO_DEVICE_CDEV` | locked while it is registered | where the kernel has it: no group, and the way that VFIO goes on |
 //! | `VfioGroup` (`vfio`) | this program's alone, with all of its IOMMU group | vfio-pci, an IOMMU | locked while it is registered | on any ordinary kernel |
 //! | `Socket` (`socket`) | another process's | nothing | shared with that process; only what is allocated here, and copies of files | to develop a driver or a device: both are processes, to be watched, killed and started again in milliseconds |
-//! | `LocalDevice` (`inprocess`) | a part of this program | nothing | as with a socket | for tests that look into the device, and under tools that want one process (Miri, sanitisers, debuggers) |
+//! | `LocalDevice` (`inprocess`) | a part of this program | nothing | as with a socket | for tests that look into the device, and under tools that want one process (sanitisers, debuggers) |
 //!
 //! All but the first are [`Hardware`], and [`crate::userspace::Userspace`] makes a
 //! [`crate::Backing`] of each; the program's side is the same for all.
