@@ -79,9 +79,12 @@ impl<M: Memory> Arena<M> {
 
     /// A page, to be looked at by its address in this process.
     pub(super) fn shared(&self, page: Gpa) -> Result<SharedPage<M>> {
-        let (chunk, offset) = self.find(page)?;
-        let page = offset / PAGE_SIZE as usize;
-        Ok(SharedPage { chunk, page })
+        self.find(page, |chunk, offset| {
+            Some(SharedPage {
+                chunk: chunk.clone(),
+                page: offset / PAGE_SIZE as usize,
+            })
+        })
     }
 
     /// Everything, at the end.
@@ -90,24 +93,27 @@ impl<M: Memory> Arena<M> {
         chunks.unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn find(&self, at: Gpa) -> Result<(Arc<Chunk<M>>, usize)> {
+    fn find<R>(&self, at: Gpa, f: impl FnOnce(&Arc<Chunk<M>>, usize) -> Option<R>) -> Result<R> {
         let chunks = self.chunks.read().unwrap_or_else(PoisonError::into_inner);
-        let find = |chunk: &Arc<Chunk<M>>| Some((chunk.clone(), chunk.offset(at)?));
-        chunks.iter().find_map(find).ok_or(OUTSIDE)
+        let mut chunks = chunks.iter();
+        let found = chunks.find_map(|chunk| Some((chunk, chunk.offset(at)?)));
+        found.and_then(|(chunk, at)| f(chunk, at)).ok_or(OUTSIDE)
     }
 
     fn word<R>(&self, at: Gpa, f: impl FnOnce(&AtomicU32) -> R) -> Result<R> {
-        let (chunk, offset) = self.find(at)?;
         debug_assert!(at.is_aligned(4));
-        words(&chunk.memory).get(offset / 4).map(f).ok_or(OUTSIDE)
+        self.find(at, |chunk, offset| {
+            words(&chunk.memory).get(offset / 4).map(f)
+        })
     }
 
     /// The double words of `[at, at + len)`.
     fn double<R>(&self, at: Gpa, len: usize, f: impl FnOnce(&[AtomicU64]) -> R) -> Result<R> {
-        let (chunk, offset) = self.find(at)?;
         debug_assert!(at.is_aligned(8) && len.is_multiple_of(8));
-        let range = offset / 8..(offset + len) / 8;
-        double_words(&chunk.memory).get(range).map(f).ok_or(OUTSIDE)
+        self.find(at, |chunk, offset| {
+            let range = offset / 8..(offset + len) / 8;
+            double_words(&chunk.memory).get(range).map(f)
+        })
     }
 }
 

@@ -11,7 +11,7 @@ use extlb_spec::Iova;
 use extlb_spec::regs;
 use extlb_spec::uapi::{self, Audit, Info, Stats, create};
 
-use super::core::Shared;
+use super::contexts::Shared;
 use super::space::Space;
 use super::{Driver, Userspace};
 use crate::error::{Error, Result};

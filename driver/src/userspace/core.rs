@@ -1,51 +1,25 @@
-//! The driver proper: device, structures, and the order in which memory comes and goes.
-//!
-//! # The rule
-//! Memory that a program gets back is not touched by the device any more. `Core::take_back`
-//! keeps it, in this order:
-//! 1. the registration is not live any more: a page request for it is refused from now on, so
-//!    that nothing is asked for again;
-//! 2. the device ptes are cleared in RAM (release): whoever walks from now on finds none. Nobody
-//!    puts them back: only registering writes ptes, and the addresses stay reserved until 6;
-//! 3. an invalidation command is posted behind that (the tail's release, the device's acquire):
-//!    the device removes its translations after 2, so none comes back;
-//! 4. a wait command behind it is acknowledged when every access that began before, with one of
-//!    those translations, has ended. The acknowledgement is a word in RAM, loaded with acquire;
-//! 5. only then is the mapping taken from the bus ([`Hardware::unmap`]), and with it the pin;
-//! 6. only then are bus addresses, page table pages and the addresses of the program free.
-//!
-//! A device that does not acknowledge is dead: it is fenced ([`Core::kill`]), bus mastering off and
-//! reset. If the reset succeeds, all accesses have ended, as its contract says, and 5 may follow. If
-//! not even that is known, [`Hardware::unmap`] has the last word: when it says that the device does
-//! not reach the range any more, the memory can be given back, but the bus addresses cannot (the
-//! device may still have translations to them), nor the page tables; and otherwise all is lost, on
-//! purpose.
+//! The driver proper: the device, its lives, and the structures that they need.
 //!
 //! # Locks
 //! `fence`, then `state`, then a space's, then `bus`. None but `fence` is held while the device is
 //! waited for.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
 
-use extlb_spec::context::{ContextEntry, flags};
+use extlb_spec::context::ContextEntry;
 use extlb_spec::regs::{self, FatalError, Register, cap, status};
 use extlb_spec::{BAR_DOORBELLS, BAR_REGS, DOORBELL_STRIDE, Gpa, Iova, MAX_CONTEXTS, PAGE_SIZE};
 use nix::errno::Errno;
 
 use super::Config;
-use super::arena::{Arena, Chunk, SharedPage};
-use super::bus_space::BusSpace;
-use super::space::{Life, Space, whole_pages};
+use super::arena::{Arena, Chunk};
+use super::bus_space::{BusSpace, Slot};
+use super::space::{Life, Space};
 use crate::error::{Error, Nonsense, Result};
 use crate::hardware::Hardware;
-use crate::memory_unsafe::{Access, Fork, Memory as _};
-use crate::protocol::{
-    Bell, BusMemory as _, Format, Invalidations, Layout, PageTable, Pages, Port, Requests,
-    invalidate, sync,
-};
+use crate::memory_unsafe::{Fork, Memory as _};
+use crate::protocol::{Bell, BusMemory as _, Invalidations, Layout, Pages, Port, Requests};
 
 /// Pages of memory for the driver's structures that are mapped at once.
 const CHUNK_PAGES: u64 = 256;
@@ -53,9 +27,6 @@ const CONTEXT_TABLE_PAGES: u64 =
     (ContextEntry::SIZE as u64 * MAX_CONTEXTS as u64).div_ceil(PAGE_SIZE);
 /// Pages of the structures that every device needs, at the start of the first chunk.
 const FIXED_PAGES: u64 = CONTEXT_TABLE_PAGES + Invalidations::PAGES + Requests::PAGES + 1;
-/// Page requests of a context that may wait at once. Operations have two operands; everything
-/// registered is mapped, so that there are few of them.
-const CREDITS: u32 = 8;
 
 /// The driver of one device.
 pub(super) struct Core<H: Hardware> {
@@ -64,7 +35,7 @@ pub(super) struct Core<H: Hardware> {
     /// `Some` until the end.
     arena: Option<Arena<H::Memory>>,
     bus: Mutex<BusSpace>,
-    layout: Layout,
+    pub(super) layout: Layout,
     /// Held by whoever stops or starts the device.
     fence: Mutex<()>,
     state: Mutex<State>,
@@ -174,8 +145,12 @@ impl<H: Hardware> Core<H> {
         Ok(core)
     }
 
-    fn arena(&self) -> &Arena<H::Memory> {
+    pub(super) fn arena(&self) -> &Arena<H::Memory> {
         self.arena.as_ref().expect("only the end takes it")
+    }
+
+    pub(super) fn bus(&self) -> MutexGuard<'_, BusSpace> {
+        lock(&self.bus)
     }
 
     pub(super) fn state(&self) -> MutexGuard<'_, State> {
@@ -293,258 +268,27 @@ impl<H: Hardware> Core<H> {
         // A child has no business with them.
         let memory = self.hardware.allocate(len as usize, Fork::Nothing)?;
         let addr = Iova(memory.addr().as_ptr().addr() as u64);
-        let slot = lock(&self.bus).allocate(addr, len)?;
+        let slot = self.map(addr, len, true)?;
         let start = slot.start;
-        if let Err(error) = self.hardware.map(addr, len, start, true) {
-            lock(&self.bus).free(slot);
-            return Err(error);
-        }
         self.arena().add(Chunk { memory, slot }, taken);
         Ok(start)
     }
-
-    /// Makes a context.
-    pub(super) fn create(&self, ring: Iova, ring_log2: u32) -> Result<(Arc<Space>, Shared<H>)> {
-        let mut pages = ArenaPages(self);
-        let shadow_page = pages.zeroed()?;
-        let shadow = Shared {
-            page: self.arena().shared(shadow_page)?,
-            at: shadow_page,
-        };
-        // The device has not looked yet: the first doorbell must be rung.
-        shadow
-            .page
-            .shadow()
-            .need_kick
-            .store(1u32.to_le(), Ordering::Relaxed);
-        let table = match PageTable::new(Format::Device, &mut pages) {
-            Ok(table) => table,
+    /// Maps memory at free bus addresses.
+    pub(super) fn map(&self, addr: Iova, len: u64, write: bool) -> Result<Slot> {
+        // A statement of its own: not locked while the hardware pins.
+        let slot = self.bus().allocate(addr, len)?;
+        match self.hardware.map(addr, len, slot.start, write) {
+            Ok(()) => Ok(slot),
             Err(error) => {
-                pages.give_back(shadow_page);
-                return Err(error);
-            }
-        };
-        let entry = ContextEntry {
-            flags: flags::VALID,
-            page_table: table.root().0,
-            ring: ring.0,
-            ring_log2,
-            credits: CREDITS,
-            shadow: shadow_page.0,
-            ..ContextEntry::default()
-        };
-        let mut table = Some(table);
-        let entered = self.enter(&entry, &mut table);
-        let space = match entered {
-            Ok(space) => space,
-            Err(error) => {
-                if let Some(table) = table {
-                    table.free(&mut pages);
-                }
-                pages.give_back(shadow_page);
-                return Err(error);
-            }
-        };
-        if let Err(error) = self.send(&space.life, &[sync(space.number)], true) {
-            self.stop(&space, &shadow);
-            return Err(error);
-        }
-        Ok((space, shadow))
-    }
-
-    /// Finds a free number and writes the context's entry.
-    fn enter(&self, entry: &ContextEntry, table: &mut Option<PageTable>) -> Result<Arc<Space>> {
-        let mut state = self.state();
-        // Under the lock: see `restart`.
-        state.life.queue.check()?;
-        let free = (0..self.contexts()).find(|number| !state.spaces.contains_key(number));
-        let number = free.ok_or(Error::Call {
-            call: "CREATE",
-            errno: Errno::EBUSY,
-        })?;
-        self.arena().write(self.entry(number), &entry.to_bytes())?;
-        let table = table.take().expect("of the caller");
-        let space = Arc::new(Space::new(number, state.life.clone(), table));
-        state.spaces.insert(number, space.clone());
-        Ok(space)
-    }
-
-    fn entry(&self, number: u32) -> Gpa {
-        let offset = u64::from(number) * ContextEntry::SIZE as u64;
-        Gpa(self.layout.context_table.0 + offset)
-    }
-
-    /// Ends a context. Nobody calls for it any more.
-    pub(super) fn stop(&self, space: &Arc<Space>, shadow: &Shared<H>) {
-        let current = |state: &State| {
-            let known = state.spaces.get(&space.number);
-            known.is_some_and(|known| Arc::ptr_eq(known, space))
-        };
-        {
-            let state = self.state();
-            if current(&state) && state.life.queue.check().is_ok() {
-                // It cannot fail: the table is there.
-                let none = ContextEntry::default().to_bytes();
-                let _ = self.arena().write(self.entry(space.number), &none);
-            }
-        }
-        // No access of the context begins any more, and those that began have ended.
-        let stopped = self.send(&space.life, &[sync(space.number)], true).is_ok();
-        let silent = stopped || space.life.is_silent();
-        // What the program did not take back.
-        let handles = space.lock().handles();
-        for handle in handles {
-            let _ = self.release(space, handle, silent);
-        }
-        if silent {
-            let mut pages = ArenaPages(self);
-            if let Some(table) = space.lock().table.take() {
-                table.free(&mut pages);
-            }
-            pages.give_back(shadow.at);
-        }
-        let mut state = self.state();
-        if current(&state) {
-            state.spaces.remove(&space.number);
-        }
-    }
-
-    /// Lets a context's device use memory; see [`crate::BackingContext::register`].
-    pub(super) fn register(
-        &self,
-        space: &Arc<Space>,
-        addr: Iova,
-        len: u64,
-        access: Access,
-    ) -> Result<u32> {
-        let range = whole_pages(addr, len)?;
-        let write = access == Access::Exclusive;
-        space.life.queue.check()?;
-        let handle = space.lock().reserve(&range, write)?;
-        // Apart from what follows: the lock is taken again there.
-        let slot = lock(&self.bus).allocate(addr, len);
-        let mapped = slot.and_then(
-            |slot| match self.hardware.map(addr, len, slot.start, write) {
-                Ok(()) => Ok(slot),
-                Err(error) => {
-                    lock(&self.bus).free(slot);
-                    Err(error)
-                }
-            },
-        );
-        let slot = match mapped {
-            Ok(slot) => slot,
-            Err(error) => {
-                space.lock().remove(handle);
-                return Err(error);
-            }
-        };
-        // The mapping is there before the ptes that lead to it.
-        let mut state = space.lock();
-        let start = slot.start;
-        let (_, registered) = state.get(handle)?;
-        registered.slot = Some(slot);
-        registered.live = true;
-        let (memory, pages) = (self.arena(), &mut ArenaPages(self));
-        let table = state.table.as_mut().expect("of a context that is there");
-        let filled = table.set_range(memory, pages, &range, start, write);
-        match filled {
-            Ok(leaves) => {
-                state.stats.filled_pages += leaves;
-                state.stats.mapped_pages += leaves;
-                state.stats.pinned_pages += len / PAGE_SIZE;
-                Ok(handle)
-            }
-            Err(error) => {
-                state.stats.pinned_pages += len / PAGE_SIZE;
-                drop(state);
-                // Some ptes are there, and the device may have used them.
-                let _ = self.take_back(space, handle, true);
+                self.bus().free(slot);
                 Err(error)
             }
         }
     }
-
-    /// Takes memory back; the order is that at the top of this file.
-    pub(super) fn unregister(&self, space: &Arc<Space>, handle: u32) -> Result<()> {
-        self.take_back(space, handle, false)
-    }
-
-    fn take_back(&self, space: &Arc<Space>, handle: u32, partly: bool) -> Result<()> {
-        let (range, cleared) = {
-            let mut state = space.lock();
-            let (range, registered) = state.get(handle)?;
-            if !std::mem::take(&mut registered.live) {
-                return Err(Error::Call {
-                    call: "UNREGISTER",
-                    errno: Errno::ENOENT,
-                });
-            }
-            let table = state.table.as_mut().expect("of a context that is there");
-            let cleared = table.clear_range(self.arena(), &range);
-            if let (Ok(cleared), false) = (&cleared, partly) {
-                state.stats.mapped_pages = state.stats.mapped_pages.saturating_sub(cleared.leaves);
-            }
-            (range, cleared)
-        };
-        let begun = Instant::now();
-        let len = range.end.0 - range.start.0;
-        let command = invalidate(space.number, range.start, len);
-        let acknowledged = match cleared {
-            Ok(cleared) => self.send(&space.life, &[command], true).map(|()| cleared),
-            // The device has spoilt its own page table.
-            Err(error) => Err(self.kill(&space.life, error)),
-        };
-        let confirmed = acknowledged.is_ok() || space.life.is_silent();
-        if let Ok(cleared) = acknowledged {
-            let mut state = space.lock();
-            state.count_shootdown(cleared.leaves, begun.elapsed());
-            drop(state);
-            let mut pages = ArenaPages(self);
-            for table in cleared.tables {
-                pages.give_back(table);
-            }
-        }
-        self.release(space, handle, confirmed)
-    }
-
-    /// The end of a registration: takes the mapping from the bus. `confirmed` says that the device
-    /// does not access it any more.
-    fn release(&self, space: &Space, handle: u32, confirmed: bool) -> Result<()> {
-        let (range, slot) = {
-            let mut state = space.lock();
-            let (range, registered) = state.get(handle)?;
-            registered.live = false;
-            (range, registered.slot.take())
-        };
-        let len = range.end.0 - range.start.0;
-        // Without one, an earlier attempt has failed.
-        let slot = slot.ok_or(Error::Dead { errno: Errno::EIO })?;
-        if let Err(error) = self.hardware.unmap(slot.start, len) {
-            // Lost: its addresses stay reserved.
-            return Err(match confirmed {
-                true => error,
-                false => space.life.queue.check().err().unwrap_or(error),
-            });
-        }
-        if confirmed {
-            lock(&self.bus).free(slot);
-        }
-        let mut state = space.lock();
-        state.stats.pinned_pages = state.stats.pinned_pages.saturating_sub(len / PAGE_SIZE);
-        state.remove(handle);
-        Ok(())
-    }
-}
-
-/// A context's shadow page.
-pub(super) struct Shared<H: Hardware> {
-    pub(super) page: SharedPage<H::Memory>,
-    at: Gpa,
 }
 
 /// Pages of the arena, which grows.
-struct ArenaPages<'a, H: Hardware>(&'a Core<H>);
+pub(super) struct ArenaPages<'a, H: Hardware>(pub(super) &'a Core<H>);
 
 impl<H: Hardware> Pages for ArenaPages<'_, H> {
     fn zeroed(&mut self) -> Result<Gpa> {

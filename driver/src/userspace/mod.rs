@@ -11,6 +11,27 @@
 //! two bus addresses, and each goes by itself. Within one context an address leads to one place:
 //! what overlaps is refused ([`crate::Error::Overlap`]).
 //!
+//! Memory that an operation works on cannot be freed, whatever backing it is of: it was handed over.
+//! ```compile_fail,E0382
+//! # use extlb_driver::{Context, Result, hardware::Hardware, userspace::Userspace};
+//! fn freed<H: Hardware>(context: &Context<Userspace<H>>) -> Result<()> {
+//!     let buffer = context.allocate(4096)?;
+//!     let pending = context.queue().fill(buffer, 7)?;
+//!     drop(buffer); // the device has it
+//!     pending.wait()?;
+//!     Ok(())
+//! }
+//! ```
+//! Nor can it be taken back, before the operation has given it back:
+//! ```
+//! # use extlb_driver::{Context, Mapping, Result, hardware::Hardware, userspace::Userspace};
+//! fn right<H: Hardware>(context: &Context<Userspace<H>>) -> Result<Option<Mapping<Userspace<H>>>> {
+//!     let buffer = context.allocate(4096)?;
+//!     let ((), buffer) = context.queue().fill(buffer, 7)?.finish()?;
+//!     Ok(buffer.unregister()?.ok())
+//! }
+//! ```
+//!
 //! # When a device fails
 //! A device that does not acknowledge, stops on a fatal error, does not answer (all ones) or says
 //! what no device may say is fenced, bus mastering off and reset, and everything fails with the
@@ -21,7 +42,9 @@
 mod arena;
 mod backing_unsafe;
 mod bus_space;
+mod contexts;
 mod core;
+mod registrations;
 mod service;
 mod space;
 
