@@ -10,11 +10,12 @@ use serde_json::{Value, json};
 
 use crate::cli::{MachineArguments, tell};
 use crate::outcome::{End, FAILED, GUEST_DIED};
-use crate::rig::{Booted, Guest, Options, Rig};
+use crate::qemu::command::Iommu;
+use crate::rig::{Bind, Booted, GivenKernel, Guest, Options, Rig};
 use crate::run::environment;
 use crate::toolbox::{SOURCE, Toolbox};
 use crate::vm::{Input, Sinks};
-use crate::{disks, kernel};
+use crate::{compare, disks, kernel};
 use extlb_guest::protocol::Exec;
 
 /// Where the input's disk is mounted in the guest.
@@ -33,6 +34,9 @@ pub struct Arguments {
     /// Write the result as JSON
     #[arg(long, value_name = "OUT")]
     json: Option<PathBuf>,
+    /// On Debian's own kernel, the device in a program's hands by VFIO: builds no kernel
+    #[arg(long, conflicts_with = "input")]
+    vfio: bool,
     #[command(flatten)]
     machine: MachineArguments,
 }
@@ -40,22 +44,32 @@ pub struct Arguments {
 /// Runs the tour; returns the exit code.
 pub fn run(options: &Options, arguments: &Arguments) -> Result<i32> {
     let profile = arguments.machine.profile(options, "demo")?;
-    let rig = Rig::prepare(options)?;
+    let mut options = options.clone();
+    if arguments.vfio {
+        options.kernel.get_or_insert(GivenKernel::Stock);
+        options.iommu.get_or_insert(Iommu::Intel);
+        options.bind.get_or_insert(Bind::VfioPci);
+    }
+    let rig = Rig::prepare(&options)?;
     let input = match &arguments.input {
-        Some(input) => input.clone(),
-        None => kernel::source_archive(&Toolbox::get(&rig.cache, &SOURCE)?)?,
+        Some(input) => Some(input.clone()),
+        None if arguments.vfio => None,
+        None => Some(kernel::source_archive(&Toolbox::get(&rig.cache, &SOURCE)?)?),
     };
-    let input_disk = disks::input(&rig, &input)?;
-    let swap_disk = profile
-        .swap
-        .map(|size| disks::swap(&rig, size))
+    let input_disk = input
+        .as_ref()
+        .map(|input| disks::input(&rig, input))
         .transpose()?;
+    // What is locked cannot be swapped: with somewhere to swap to, the guest would only take longer
+    // to find its end.
+    let swap = profile.swap.filter(|_| !arguments.vfio);
+    let swap_disk = swap.map(|size| disks::swap(&rig, size)).transpose()?;
     let deadline = arguments
         .machine
         .timeout()
         .map(|timeout| Instant::now() + timeout);
 
-    let mut guest_disks = vec![input_disk];
+    let mut guest_disks: Vec<_> = input_disk.into_iter().collect();
     guest_disks.extend(swap_disk.iter().map(disks::TemporaryDisk::disk));
     let guest = Guest {
         memory: profile.memory.0,
@@ -64,7 +78,7 @@ pub fn run(options: &Options, arguments: &Arguments) -> Result<i32> {
         device: profile.device.clone(),
         disks: guest_disks,
         setup: Setup {
-            input: Some(Mount {
+            input: input.is_some().then(|| Mount {
                 serial: disks::INPUT.to_owned(),
                 path: MOUNT.to_owned(),
             }),
@@ -78,10 +92,16 @@ pub fn run(options: &Options, arguments: &Arguments) -> Result<i32> {
         Booted::Dead(outcome) => return Ok(tell(&outcome)),
     };
     let input_path = format!("{MOUNT}/{}", disks::INPUT_NAME);
+    let which = match arguments.vfio {
+        true => &["--vfio"][..],
+        false => &["--input", &input_path],
+    };
+    let argv = ["/bin/extlb-tour"]
+        .iter()
+        .chain(which)
+        .chain(&["--json", RESULT]);
     let exec = Exec {
-        argv: ["/bin/extlb-tour", "--input", &input_path, "--json", RESULT]
-            .map(str::to_owned)
-            .into(),
+        argv: argv.map(|word| word.to_string()).collect(),
         env: environment(&[]),
         cwd: "/".to_owned(),
         tty: None,
@@ -104,13 +124,16 @@ pub fn run(options: &Options, arguments: &Arguments) -> Result<i32> {
         "cores": std::thread::available_parallelism().map_or(1, usize::from),
         "guest_cores": profile.smp,
         "guest_memory_mib": profile.memory.0,
-        "input": input.file_name().map(|name| name.to_string_lossy()),
+        "input": input.and_then(|input| Some(input.file_name()?.to_str()?.to_owned())),
     });
     let mut outcome = vm.finish(end.clone());
     // Whether stale accesses are right or wrong is the tour's to judge: one of its steps provokes
     // them. Reports of the kernel are wrong in any step.
-    outcome.stale_accesses.clear();
-    let stale_count = std::mem::take(&mut outcome.stale_count);
+    let stale_count = outcome.stale_count;
+    if !arguments.vfio {
+        outcome.stale_accesses.clear();
+        outcome.stale_count = 0;
+    }
     let told = tell(&outcome);
     let End::Exited(exit) = end else {
         return Ok(told);
@@ -130,6 +153,15 @@ pub fn run(options: &Options, arguments: &Arguments) -> Result<i32> {
             .iter()
             .map(|report| json!(report.lines))
             .collect();
+    }
+    if arguments.vfio {
+        println!("---- in comparison");
+        print!(
+            "{}",
+            compare::table(&result, compare::kept(&rig.cache).as_ref())
+        );
+    } else if passed {
+        compare::keep(&rig.cache, &result)?;
     }
     if let Some(path) = &arguments.json {
         write_json(path, &result)?;

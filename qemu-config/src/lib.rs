@@ -17,6 +17,7 @@
 pub mod cargo;
 pub mod child;
 pub mod cli;
+pub mod compare;
 pub mod console;
 pub mod demo;
 pub mod device;

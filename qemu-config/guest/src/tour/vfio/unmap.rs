@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use extlb_driver::hardware::Hardware;
 use extlb_driver::spec::work::{Completion, Descriptor, Opcode, Status};
 use extlb_driver::userspace::Userspace;
-use extlb_driver::{Context, Device, Options, Pending, Raw, Registration};
+use extlb_driver::{Context, Device, Options, Pending, Raw};
 
 use crate::tour::figures::{Figures, seconds};
 use crate::tour::memory_unsafe::{Area, PAGE, submit};
@@ -16,12 +16,12 @@ use crate::tour::random::Random;
 /// Pieces of memory that come and go.
 const SLOTS: usize = 4;
 /// Pages of each.
-const PAGES: usize = 32;
+const PAGES: usize = 256;
 /// Operations on a piece that are under way when it is taken back.
-const FLIGHTS: usize = 8;
-const ROUNDS: usize = 400;
+const FLIGHTS: usize = 16;
+const ROUNDS: usize = 200;
 /// With a slow emulated IOMMU, fewer rounds will do; never fewer than [`LEAST`].
-const TIME: Duration = Duration::from_secs(8);
+const TIME: Duration = Duration::from_secs(6);
 const LEAST: usize = 50;
 /// What the device writes, and what the CPU writes as soon as the memory is its own again.
 const DEVICE: u64 = 0xde71_ce00_de71_ce00;
@@ -67,7 +67,7 @@ pub fn run<H: Hardware>(
         .collect::<Result<_>>()?;
     let mut random = Random::new(seed ^ 0xf19e);
     let mut totals = Totals::default();
-    let (mut taken, mut busy) = (VecDeque::new(), VecDeque::new());
+    let mut taken = VecDeque::new();
     let mut unregistering = Duration::ZERO;
     let begun = Instant::now();
     let mut rounds = 0;
@@ -80,18 +80,9 @@ pub fn run<H: Hardware>(
         }
         let area = &areas[slot];
         let registration = context.register_addresses(area.addrs(&(0..PAGES)))?;
-        busy.push_back((
-            slot,
-            start(&context, &source, area, registration, &mut random)?,
-        ));
+        let flights = start(&context, &source, area, &mut random)?;
         rounds += 1;
-        if busy.len() < 2 {
-            continue;
-        }
-        // The device is on this piece, or about to be, and on the next one as well.
-        let Some((slot, (registration, flights))) = busy.pop_front() else {
-            continue;
-        };
+        // The device is on this piece now.
         let since = Instant::now();
         registration.unregister()?;
         unregistering += since.elapsed();
@@ -102,15 +93,6 @@ pub fn run<H: Hardware>(
             slot,
             flights,
             canary,
-        });
-    }
-    for (slot, (registration, flights)) in busy {
-        registration.unregister()?;
-        areas[slot].store_all(0..PAGES, CANARY);
-        taken.push_back(Taken {
-            slot,
-            flights,
-            canary: CANARY,
         });
     }
     for rest in taken {
@@ -129,7 +111,7 @@ pub fn run<H: Hardware>(
     println!(
         "  memory registered and taken back {rounds} times, {:.0} us to take {} KiB back",
         unregistering.as_secs_f64() * 1e6 / rounds as f64,
-        PAGES * PAGE >> 10
+        (PAGES * PAGE) >> 10
     );
     println!(
         "  device: {} operations completed, {} faulted ({} of them in the middle), {} MiB; {} canary \
@@ -152,15 +134,12 @@ pub fn run<H: Hardware>(
     ))
 }
 
-type Started<H> = (Registration<Userspace<H>>, Vec<Flight<H>>);
-
 fn start<H: Hardware>(
     context: &Context<Userspace<H>>,
     source: &Area,
     area: &Area,
-    registration: Registration<Userspace<H>>,
     random: &mut Random,
-) -> Result<Started<H>> {
+) -> Result<Vec<Flight<H>>> {
     let batch = context.queue().batch();
     let mut flights = Vec::new();
     for _ in 0..FLIGHTS {
@@ -180,13 +159,16 @@ fn start<H: Hardware>(
         });
     }
     drop(batch);
-    // Sometimes at once, sometimes in the middle, sometimes when all is done.
-    let so_many = random.below(FLIGHTS as u64 + 1) as usize;
+    // Sometimes at once, sometimes in the middle, now and then when all is done.
+    let so_many = match random.below(8) {
+        0 => FLIGHTS,
+        _ => random.below(FLIGHTS as u64 / 2) as usize,
+    };
     if let Some(last) = so_many.checked_sub(1) {
         let waited = flights[last].pending.wait_for(Duration::from_secs(10))?;
         ensure!(waited, "an operation did not end within 10 s");
     }
-    Ok((registration, flights))
+    Ok(flights)
 }
 
 /// Ends the operations on a piece that was taken back, and looks at it.
