@@ -73,11 +73,11 @@ fn rows(vfio: &Value, notified: Option<&Value>) -> Vec<Row> {
     let faults = "demand-faults";
     let notified_locked = || {
         let locked = n(faults, "vm_lck_kib")? + n(faults, "vm_pin_kib")?;
-        // Two thirds of the bytes are reads of what was copied.
+        // A copy and two sums were counted; the device touched a source and a destination.
         Some(format!(
             "{} of {}",
             mib(locked),
-            mib(n(faults, "bytes")? / 3 * 2 >> 10)
+            mib((n(faults, "bytes")? / 3 * 2) >> 10)
         ))
     };
     let pressure = "memory-pressure";
@@ -89,7 +89,7 @@ fn rows(vfio: &Value, notified: Option<&Value>) -> Vec<Row> {
             memory(result?)?
         ))
     };
-    let notified_held = || n(pressure, "bytes").map(|bytes| bytes / 4 >> 20);
+    let notified_held = || n(pressure, "bytes").map(|bytes| (bytes / 4) >> 20);
     let ended = || {
         Some(
             figure(vfio, pressure, "pinned_outcome")?
