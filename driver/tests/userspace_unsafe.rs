@@ -387,3 +387,35 @@ fn mutated_answers_give_errors_only() {
     assert_eq!(device.backing().hardware().device.bus_faults(), 0);
     works(&device);
 }
+
+/// A child has copies of the driver's values, and no thread of it. What it does with them must
+/// neither hang nor reach the device.
+#[test]
+fn a_child_leaves_its_parents_device_alone() {
+    let device = open(DeviceConfig::default());
+    let context = device.context(Options::default()).unwrap();
+    // SAFETY: the child calls the library, whose locks nobody else holds here, and ends.
+    match unsafe { nix::unistd::fork() }.unwrap() {
+        nix::unistd::ForkResult::Child => {
+            // A hang is ended by this, and then seen by the parent.
+            nix::unistd::alarm::set(10);
+            let refused = matches!(
+                device.context(Options::default()).map(drop),
+                Err(Error::Dead {
+                    errno: Errno::ECHILD
+                })
+            );
+            drop(context);
+            drop(device);
+            // SAFETY: ends the child without running anything else of the test.
+            unsafe { nix::libc::_exit(i32::from(!refused)) }
+        }
+        nix::unistd::ForkResult::Parent { child } => {
+            let status = nix::sys::wait::waitpid(child, None).unwrap();
+            assert_eq!(status, nix::sys::wait::WaitStatus::Exited(child, 0));
+        }
+    }
+    // The parent's device was not reset, and its context goes on.
+    context.queue().nop().unwrap().finish().unwrap();
+    works(&device);
+}

@@ -27,6 +27,7 @@ pub(super) struct Shared<H: Hardware> {
 impl<H: Hardware> Core<H> {
     /// Makes a context.
     pub(super) fn create(&self, ring: Iova, ring_log2: u32) -> Result<(Arc<Space>, Shared<H>)> {
+        self.check_owner()?;
         let mut pages = ArenaPages(self);
         let shadow_page = pages.zeroed()?;
         let shadow = Shared {
@@ -98,6 +99,9 @@ impl<H: Hardware> Core<H> {
 
     /// Ends a context. Nobody calls for it any more.
     pub(super) fn stop(&self, space: &Arc<Space>, shadow: &Shared<H>) {
+        if self.check_owner().is_err() {
+            return;
+        }
         let current = |state: &State| {
             let known = state.spaces.get(&space.number);
             known.is_some_and(|known| Arc::ptr_eq(known, space))

@@ -31,6 +31,8 @@ const FIXED_PAGES: u64 = CONTEXT_TABLE_PAGES + Invalidations::PAGES + Requests::
 /// The driver of one device.
 pub(super) struct Core<H: Hardware> {
     pub(super) hardware: H,
+    /// The process that owns the device. A child has a copy of this, and must leave it alone.
+    owner: u32,
     config: Config,
     /// `Some` until the end.
     arena: Option<Arena<H::Memory>>,
@@ -124,6 +126,7 @@ impl<H: Hardware> Core<H> {
                 requests: Requests::new(Gpa(0), Gpa(0)),
             }),
             bell: Bell::default(),
+            owner: std::process::id(),
             hardware,
             config,
         };
@@ -163,6 +166,15 @@ impl<H: Hardware> Core<H> {
 
     pub(super) fn contexts(&self) -> u32 {
         self.layout.contexts
+    }
+
+    /// Fails in a child of the process that owns the device.
+    pub(super) fn check_owner(&self) -> Result<()> {
+        if std::process::id() == self.owner {
+            return Ok(());
+        }
+        let errno = Errno::ECHILD;
+        Err(Error::Dead { errno })
     }
 
     /// The value of a register.
@@ -212,6 +224,7 @@ impl<H: Hardware> Core<H> {
 
     /// Ends the life of the device, with all contexts, and begins another.
     pub(super) fn restart(&self) -> Result<()> {
+        self.check_owner()?;
         let _fence = lock(&self.fence);
         let old = self.life();
         let errno = Errno::ESHUTDOWN;
@@ -230,6 +243,9 @@ impl<H: Hardware> Core<H> {
     /// The device is not to be trusted any more: fences it off. The first reason is kept, and
     /// returned. When this returns a life that can be silent is.
     pub(super) fn kill(&self, life: &Arc<Life>, why: Error) -> Error {
+        if let Err(error) = self.check_owner() {
+            return error;
+        }
         let why = life.queue.declare_dead(why);
         let _fence = lock(&self.fence);
         // A life that is over was followed by a reset.
@@ -251,6 +267,7 @@ impl<H: Hardware> Core<H> {
         commands: &[extlb_spec::invalidation::Command],
         acknowledged: bool,
     ) -> Result<()> {
+        self.check_owner()?;
         life.queue
             .send(self, commands, acknowledged)
             .map_err(|error| self.kill(life, error))
@@ -258,6 +275,7 @@ impl<H: Hardware> Core<H> {
 
     /// Fails if the device is dead, and looks whether it is.
     pub(super) fn check(&self, life: &Arc<Life>) -> Result<()> {
+        self.check_owner()?;
         life.queue.check()?;
         self.alive().map_err(|error| self.kill(life, error))
     }
@@ -345,6 +363,11 @@ impl<H: Hardware> Port for Core<H> {
 
 impl<H: Hardware> Drop for Core<H> {
     fn drop(&mut self) {
+        if self.check_owner().is_err() {
+            // The memory is not a child's, and its addresses may be somebody else's here.
+            std::mem::forget(self.arena.take());
+            return;
+        }
         let _ = self.hardware.set_bus_master(false);
         let silent = self.hardware.reset().is_ok();
         let chunks = self.arena.take().map_or(Vec::new(), Arena::into_chunks);

@@ -45,6 +45,7 @@ impl<H: Hardware> Core<H> {
     ) -> Result<u32> {
         let range = whole_pages(addr, len)?;
         let write = access == Access::Exclusive;
+        self.check_owner()?;
         space.life.queue.check()?;
         let handle = space.lock().reserve(&range, write)?;
         let mapped = self.map(addr, len, write);
@@ -87,6 +88,7 @@ impl<H: Hardware> Core<H> {
     }
 
     fn take_back(&self, space: &Arc<Space>, handle: u32, partly: bool) -> Result<()> {
+        self.check_owner()?;
         let (range, cleared) = {
             let mut state = space.lock();
             let (range, registered) = state.get(handle)?;

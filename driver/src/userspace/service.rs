@@ -24,6 +24,8 @@ const TICK: Duration = Duration::from_secs(1);
 pub(super) struct Service {
     stop: Arc<EventFd>,
     thread: Option<JoinHandle<()>>,
+    /// The process that has the thread; its children have a copy of this only.
+    owner: u32,
 }
 
 impl Service {
@@ -41,12 +43,18 @@ impl Service {
         Ok(Self {
             stop,
             thread: Some(thread),
+            owner: std::process::id(),
         })
     }
 }
 
 impl Drop for Service {
     fn drop(&mut self) {
+        if std::process::id() != self.owner {
+            // There is nothing to join, and to stop the parent's is not a child's business.
+            std::mem::forget(self.thread.take());
+            return;
+        }
         // It cannot fail: the count is far from its limit.
         let _ = self.stop.write(1);
         if let Some(thread) = self.thread.take() {
