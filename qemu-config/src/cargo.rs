@@ -18,6 +18,8 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 pub struct GuestPrograms {
     /// Process 1.
     pub agent: PathBuf,
+    /// Times the ways to the device.
+    pub bench: PathBuf,
     /// The tour.
     pub tour: PathBuf,
 }
@@ -38,6 +40,7 @@ pub fn guest_programs(cache: &Cache) -> Result<GuestPrograms> {
     let folder = target.join(TARGET).join("release");
     Ok(GuestPrograms {
         agent: folder.join("extlb-agent"),
+        bench: folder.join("extlb-bench"),
         tour: folder.join("extlb-tour"),
     })
 }

@@ -13,7 +13,7 @@ use crate::profile::{Mebibytes, Profile};
 use crate::rig::{Options, Rig};
 use crate::run::{Addition, Request, run_command};
 use crate::vm::{Input, Sinks, window};
-use crate::{cargo, demo, device, doctor, paths, sandbox, signals};
+use crate::{bench, cargo, demo, device, doctor, paths, sandbox, signals};
 
 /// A device that works on a process's memory by its virtual addresses, and a guest to watch it in.
 ///
@@ -38,6 +38,9 @@ enum Command {
     Shell(ShellArguments),
     /// Say what is there, what is missing, and what to do
     Doctor(doctor::Arguments),
+    /// Compare, in one run and one table
+    #[command(subcommand)]
+    Bench(bench::Subject),
     /// The guest's kernel
     #[command(subcommand)]
     Kernel(KernelCommand),
@@ -158,6 +161,7 @@ fn execute(cli: Cli) -> Result<i32> {
         Command::Run(arguments) => run(&options, arguments),
         Command::Shell(arguments) => shell(&options, arguments),
         Command::Doctor(arguments) => doctor::run(&options, &arguments),
+        Command::Bench(subject) => bench::run(&options, &subject),
         Command::Kernel(KernelCommand::Build) => build_kernel(options.flavour),
         Command::Device(_) | Command::Sandbox(_) => unreachable!("dealt with above"),
     }

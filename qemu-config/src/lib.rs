@@ -14,6 +14,7 @@
 //!
 //! Guests end with the thread that boots them.
 
+pub mod bench;
 pub mod cargo;
 pub mod child;
 pub mod cli;

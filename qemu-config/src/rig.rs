@@ -46,6 +46,9 @@ pub struct Options {
     /// up to 11.1 aborts when a vfio-user device with MSI-X is unplugged)
     #[arg(long, global = true, value_name = "SOCKET")]
     pub qmp: Option<PathBuf>,
+    /// One more argument for QEMU; may be repeated
+    #[arg(long, global = true, value_name = "ARG", allow_hyphen_values = true)]
+    pub qemu_arg: Vec<String>,
     /// How often the guest may restart: its command is then run again, with EXTLB_BOOT=1, 2, …
     #[arg(long, global = true, value_name = "TIMES", default_value_t = 0)]
     pub reboots: u32,
@@ -129,7 +132,8 @@ pub struct Rig {
     driver: Option<PathBuf>,
     /// Debian's own kernel, if that is the one.
     stock: Option<Stock>,
-    programs: GuestPrograms,
+    /// The guest's programs.
+    pub programs: GuestPrograms,
     applets: Vec<String>,
     options: Options,
 }
@@ -305,6 +309,7 @@ impl Rig {
                 .map(std::path::absolute)
                 .transpose()?,
             device: None,
+            more: self.options.qemu_arg.clone(),
         };
         let device = (!self.options.no_device).then(|| DeviceServer {
             rig: self.binary.clone(),

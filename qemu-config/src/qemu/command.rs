@@ -57,6 +57,8 @@ pub struct Machine {
     pub monitor: Option<PathBuf>,
     /// The device server's socket, relative to QEMU's working directory or absolute.
     pub device: Option<PathBuf>,
+    /// More arguments, of the user's.
+    pub more: Vec<String>,
 }
 
 /// QEMU's arguments for attaching the device to a machine with `memory` MiB.
@@ -194,6 +196,7 @@ pub fn add_arguments(command: &mut Command, machine: &Machine) -> Result<()> {
         command.args(["-device", &port]).arg("-device");
         command.arg(plugged_device(socket)?.to_string());
     }
+    command.args(&machine.more);
     Ok(())
 }
 
@@ -235,6 +238,7 @@ mod tests {
             may_restart: false,
             monitor: Some("/a,b".into()),
             device: Some("device.sock".into()),
+            more: Vec::new(),
         };
         let mut command = Command::new("qemu");
         add_arguments(&mut command, &machine).unwrap();
