@@ -143,7 +143,7 @@ pub enum Error {
     /// A range that is registered with this context already, in part at least.
     #[error("memory at {addr} is registered with this context already; register it once")]
     Overlap {
-        /// Start of the range that is there.
+        /// Start of the range that is there; of the new one, if the backing does not tell.
         addr: Iova,
     },
     /// The device broke the protocol. The queue takes no more work.

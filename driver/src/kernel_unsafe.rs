@@ -245,8 +245,15 @@ unsafe impl BackingContext for KernelContext {
             len,
             ..Register::default()
         };
-        call(&self.file, &uapi::REGISTER, ioctl::register, &mut register)?;
-        Ok(register.handle)
+        match call(&self.file, &uapi::REGISTER, ioctl::register, &mut register) {
+            Ok(()) => Ok(register.handle),
+            // It does not say with which one.
+            Err(Error::Call {
+                errno: Errno::EEXIST,
+                ..
+            }) => Err(Error::Overlap { addr }),
+            Err(error) => Err(error),
+        }
     }
 
     fn unregister(&self, handle: u32) -> Result<()> {

@@ -46,7 +46,7 @@ impl Abilities {
     /// [`crate::Kernel`] in its notified way, with the oracle.
     pub const KERNEL: Self = Self {
         follow: Follow::all(),
-        overlap: true,
+        overlap: false,
         any_memory: true,
         shared_files: true,
         audit: true,
