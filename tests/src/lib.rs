@@ -1,5 +1,6 @@
 //! What the VM tests share: the rig's command line as a program to run and to look at.
 
+use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
@@ -30,6 +31,12 @@ pub fn transcript(output: &Output) -> String {
         String::from_utf8_lossy(&output.stdout),
         String::from_utf8_lossy(&output.stderr)
     )
+}
+
+/// What a script printed, by its headings: lines that begin with `== `.
+pub fn sections(text: &str) -> BTreeMap<&str, &str> {
+    let parts = text.split("== ").skip(1);
+    parts.filter_map(|part| part.split_once('\n')).collect()
 }
 
 /// A rig under way, whose standard output is watched line by line.
