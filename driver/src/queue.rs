@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use extlb_spec::Iova;
 use extlb_spec::context::ContextError;
-use extlb_spec::work::{Completion, Descriptor};
+use extlb_spec::work::{Completion, Descriptor, Status};
 
 use crate::context::Options;
 use crate::error::{Error, Nonsense, Result};
@@ -23,6 +23,10 @@ use crate::ring::Rings;
 use crate::slice_unsafe::Hold;
 use crate::submit::Submitter;
 use crate::wait::Sleepers;
+
+/// How long the head may stand still although everything was completed. The device writes it right
+/// behind the completion; only a device that does not run takes any time.
+const HEAD_PATIENCE: Duration = Duration::from_secs(3);
 
 /// A queue of a context. Clones are handles to the same queue; threads may share it.
 #[derive(Debug)]
@@ -284,6 +288,24 @@ impl<B: Backing> Core<B> {
         state.failed.clone().map_or(Ok(false), Err)
     }
 
+    /// For an operation that has no answer after a while: whether the device says that it has
+    /// retired it. The record is written before the head, so then it never comes.
+    pub(crate) fn check_record(&self, cell: &Cell) -> Result<()> {
+        let mut state = self.lock();
+        // The head first: records of what it says is retired were written before.
+        let head = self.room(&mut state);
+        self.harvest(&mut state);
+        if cell.answer.get().is_some() {
+            return Ok(());
+        }
+        head?;
+        if state.head.wrapping_sub(state.harvested) as i32 > 0 {
+            let error = Error::Protocol(Nonsense::Status(Status::Pending as u32));
+            return Err(self.fail(&mut state, error));
+        }
+        Ok(())
+    }
+
     fn look_locked(&self, state: &mut State<B>) {
         let shadow = self.context.shadow();
         // The error is loaded before the completions: those that came before it are still good.
@@ -302,6 +324,7 @@ impl<B: Backing> Core<B> {
     /// Waits until there is room for one more.
     pub(crate) fn wait_for_room(&self) -> Result<()> {
         let mut next_check = Instant::now() + Sleepers::LIVENESS;
+        let mut all_answered: Option<Instant> = None;
         loop {
             let oldest = {
                 let mut state = self.lock();
@@ -315,9 +338,23 @@ impl<B: Backing> Core<B> {
             match oldest {
                 Some(cell) => {
                     self.wait(&cell, None)?;
+                    all_answered = None;
                 }
                 // All are answered: the head follows at once, without an interrupt of its own.
-                None => std::thread::sleep(Duration::from_micros(20)),
+                None => {
+                    let since = *all_answered.get_or_insert_with(Instant::now);
+                    if since.elapsed() > HEAD_PATIENCE {
+                        let mut state = self.lock();
+                        let (head, published) = (state.head, state.published);
+                        let error = Nonsense::Head {
+                            head,
+                            from: published,
+                            published,
+                        };
+                        return Err(self.fail(&mut state, Error::Protocol(error)));
+                    }
+                    std::thread::sleep(Duration::from_micros(20));
+                }
             }
             if Instant::now() > next_check {
                 self.context.check().map_err(|error| self.fail_now(error))?;

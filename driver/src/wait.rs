@@ -109,7 +109,8 @@ impl<B: Backing> Core<B> {
                 if self.look(cell)? {
                     self.sleepers.missed.fetch_add(1, Ordering::Relaxed);
                 }
-                self.context.check().map_err(|error| self.fail_now(error))
+                self.context.check().map_err(|error| self.fail_now(error))?;
+                self.check_record(cell)
             }
             Ok(Wake::Stopped) => {
                 // The shadow page says why; if it does not, nobody is left to say it.

@@ -3,7 +3,7 @@
 //! Both are radix trees of four levels with 512 entries a table. The device's may have leaves of
 //! 2 MiB beside those of 4 KiB.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
@@ -11,7 +11,7 @@ use extlb_spec::pte::{self, Pte, index, leaf_size};
 use extlb_spec::{Gpa, Iova, PAGE_SIZE};
 
 use super::BusMemory;
-use crate::error::Result;
+use crate::error::{Error, Nonsense, Result};
 
 /// Where tables come from.
 pub(crate) trait Pages {
@@ -64,8 +64,10 @@ impl Format {
 pub(crate) struct PageTable {
     format: Format,
     root: Gpa,
-    /// All tables but the root.
-    tables: BTreeSet<Gpa>,
+    /// All tables but the root, by level and first address. The device writes to its page table
+    /// (accessed and dirty bits, if it is honest), so where a table is is not read from there: a
+    /// device that spoils it harms its own translations, and no other structure.
+    tables: BTreeMap<(u32, Iova), Gpa>,
 }
 
 /// What [`PageTable::clear_range`] took out.
@@ -79,12 +81,20 @@ pub(crate) struct Cleared {
     pub(crate) tables: Vec<Gpa>,
 }
 
+/// What no device may have made of an entry.
+fn spoilt(entry: Pte) -> Error {
+    Error::Protocol(Nonsense::Register {
+        name: "an entry of a page table",
+        value: entry.0,
+    })
+}
+
 impl PageTable {
     pub(crate) fn new(format: Format, pages: &mut impl Pages) -> Result<Self> {
         Ok(Self {
             format,
             root: pages.zeroed()?,
-            tables: BTreeSet::new(),
+            tables: BTreeMap::new(),
         })
     }
 
@@ -96,17 +106,22 @@ impl PageTable {
         Ok(Pte(memory.load_u64(at, Ordering::Acquire)?))
     }
 
-    /// The address of the entry of `level` for `iova`; `None` if there is no table of that level.
-    fn entry(&self, memory: &impl BusMemory, iova: Iova, level: u32) -> Result<Option<Gpa>> {
-        let mut table = self.root;
-        for above in (level + 1..=pte::LEVELS).rev() {
-            let entry = Self::load(memory, Gpa(table.0 + index(iova, above) * 8))?;
-            if !entry.is_present() || entry.is_leaf(above) {
-                return Ok(None);
-            }
-            table = entry.addr();
+    /// The table of a level that holds the entry for `iova`, if there is one.
+    fn table(&self, iova: Iova, level: u32) -> Option<Gpa> {
+        match level {
+            pte::LEVELS => Some(self.root),
+            _ => self.tables.get(&Self::key(iova, level)).copied(),
         }
-        Ok(Some(Gpa(table.0 + index(iova, level) * 8)))
+    }
+
+    fn key(iova: Iova, level: u32) -> (u32, Iova) {
+        (level, Iova(iova.0 & !(leaf_size(level + 1) - 1)))
+    }
+
+    /// The address of the entry of `level` for `iova`; `None` if there is no table of that level.
+    fn entry(&self, iova: Iova, level: u32) -> Option<Gpa> {
+        let table = self.table(iova, level)?;
+        Some(Gpa(table.0 + index(iova, level) * 8))
     }
 
     /// The same, with tables made on the way. There must be no larger leaf in the way.
@@ -119,17 +134,16 @@ impl PageTable {
     ) -> Result<Gpa> {
         let mut table = self.root;
         for above in (level + 1..=pte::LEVELS).rev() {
-            let at = Gpa(table.0 + index(iova, above) * 8);
-            let entry = Self::load(memory, at)?;
-            debug_assert!(!(entry.is_present() && entry.is_leaf(above)));
-            table = if entry.is_present() {
-                entry.addr()
-            } else {
-                let new = pages.zeroed()?;
-                self.tables.insert(new);
-                // Release: the device sees an empty table, not what was in the page before.
-                memory.store_u64(at, self.format.table(new), Ordering::Release)?;
-                new
+            table = match self.table(iova, above - 1) {
+                Some(table) => table,
+                None => {
+                    let at = Gpa(table.0 + index(iova, above) * 8);
+                    let new = pages.zeroed()?;
+                    self.tables.insert(Self::key(iova, above - 1), new);
+                    // Release: the device sees an empty table, not what was in the page before.
+                    memory.store_u64(at, self.format.table(new), Ordering::Release)?;
+                    new
+                }
             };
         }
         Ok(Gpa(table.0 + index(iova, level) * 8))
@@ -154,7 +168,10 @@ impl PageTable {
                 iova.is_aligned(large) && page.is_aligned(large) && range.end.0 - iova.0 >= large;
             let level = if fits { 2 } else { 1 };
             let at = self.make_entry(memory, pages, iova, level)?;
-            debug_assert!(!Self::load(memory, at)?.is_present());
+            let was = Self::load(memory, at)?;
+            if was.is_present() {
+                return Err(spoilt(was));
+            }
             // Release: what the program wrote to the memory before is seen by whom it leads there.
             memory.store_u64(at, self.format.leaf(page, write, level), Ordering::Release)?;
             leaves += 1;
@@ -175,13 +192,8 @@ impl PageTable {
         while iova < range.end {
             // To the end of the range, or of what an entry of level 2 leads to.
             let end = Iova((iova.0 | (leaf_size(2) - 1)) + 1).min(range.end);
-            if let Some(at) = self.entry(memory, iova, 2)? {
-                let entry = Self::load(memory, at)?;
-                if entry.is_present() && entry.is_leaf(2) {
-                    memory.store_u64(at, 0, Ordering::Release)?;
-                    cleared.leaves += 1;
-                } else if entry.is_present() {
-                    let table = entry.addr();
+            match (self.entry(iova, 2), self.table(iova, 1)) {
+                (Some(at), Some(table)) => {
                     for page in (iova.0..end.0).step_by(PAGE_SIZE as usize) {
                         let at = Gpa(table.0 + index(Iova(page), 1) * 8);
                         cleared.leaves += u64::from(Self::load(memory, at)?.is_present());
@@ -189,10 +201,15 @@ impl PageTable {
                     }
                     if Self::is_empty(memory, table)? {
                         memory.store_u64(at, 0, Ordering::Release)?;
-                        self.tables.remove(&table);
+                        self.tables.remove(&Self::key(iova, 1));
                         cleared.tables.push(table);
                     }
                 }
+                (Some(at), None) => {
+                    cleared.leaves += u64::from(Self::load(memory, at)?.is_present());
+                    memory.store_u64(at, 0, Ordering::Release)?;
+                }
+                (None, _) => {}
             }
             iova = end;
         }
@@ -208,9 +225,31 @@ impl PageTable {
         Ok(true)
     }
 
+    /// Whether the way to the leaf of an address that is mapped is as it was written.
+    ///
+    /// # Errors
+    /// If it is not: nobody but the device can have changed it.
+    pub(crate) fn check(&self, memory: &impl BusMemory, iova: Iova) -> Result<()> {
+        for level in (1..=pte::LEVELS).rev() {
+            let Some(at) = self.entry(iova, level) else {
+                return Ok(());
+            };
+            let entry = Self::load(memory, at)?;
+            let below = (level > 1).then(|| self.table(iova, level - 1)).flatten();
+            let good = match below {
+                Some(table) => entry.0 == self.format.table(table),
+                None => entry.is_present() && entry.is_leaf(level) && entry.reserved(level) == 0,
+            };
+            if !good {
+                return Err(spoilt(entry));
+            }
+        }
+        Ok(())
+    }
+
     /// Gives all pages back. Nobody may walk it any more.
     pub(crate) fn free(self, pages: &mut impl Pages) {
-        for table in self.tables {
+        for table in self.tables.into_values() {
             pages.give_back(table);
         }
         pages.give_back(self.root);
@@ -235,7 +274,7 @@ impl PageTable {
 
     /// Clears the leaf of a page; whether there was one.
     pub(crate) fn clear(&self, memory: &impl BusMemory, iova: Iova) -> Result<bool> {
-        let Some(at) = self.entry(memory, iova, 1)? else {
+        let Some(at) = self.entry(iova, 1) else {
             return Ok(false);
         };
         let was = Self::load(memory, at)?;
@@ -245,7 +284,7 @@ impl PageTable {
 
     /// The leaf of a page.
     pub(crate) fn get(&self, memory: &impl BusMemory, iova: Iova) -> Result<Pte> {
-        match self.entry(memory, iova, 1)? {
+        match self.entry(iova, 1) {
             Some(at) => Self::load(memory, at),
             None => Ok(Pte::EMPTY),
         }

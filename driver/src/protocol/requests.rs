@@ -24,7 +24,7 @@ impl Requests {
     pub(crate) const LOG2: u32 = 4;
     /// Pages that the ring takes.
     pub(crate) const PAGES: u64 = ((PageRequest::SIZE as u64) << Self::LOG2).div_ceil(PAGE_SIZE);
-    const ENTRIES: u32 = 1 << Self::LOG2;
+    pub(crate) const ENTRIES: u32 = 1 << Self::LOG2;
 
     /// An empty ring of a device that was reset; the memory is zeroed.
     pub(crate) fn new(ring: Gpa, shadow: Gpa) -> Self {

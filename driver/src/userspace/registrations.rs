@@ -76,8 +76,15 @@ impl<H: Hardware> Core<H> {
                 state.stats.pinned_pages += len / PAGE_SIZE;
                 drop(state);
                 // Some ptes are there, and the device may have used them.
-                let _ = self.take_back(space, handle, true);
-                Err(error)
+                match self.take_back(space, handle, true) {
+                    Ok(()) => Err(error),
+                    // It stays mapped, so the program must not have it back: it is registered,
+                    // with a device that has died, and cannot be unregistered.
+                    Err(_) => {
+                        self.kill(&space.life, error);
+                        Ok(handle)
+                    }
+                }
             }
         }
     }

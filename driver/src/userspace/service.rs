@@ -15,7 +15,7 @@ use std::sync::atomic::Ordering;
 use super::core::Core;
 use crate::error::{Error, Nonsense, Result};
 use crate::hardware::Hardware;
-use crate::protocol::respond;
+use crate::protocol::{Requests, respond};
 
 /// How often to look whether the device lives when it says nothing.
 const TICK: Duration = Duration::from_secs(1);
@@ -66,12 +66,16 @@ impl Drop for Service {
 fn serve<H: Hardware>(core: &Core<H>, stop: &EventFd) {
     let vectors = [Vector::Completion, Vector::PageRequest, Vector::Error];
     let mut next_look = Instant::now() + TICK;
+    let mut more = false;
     loop {
         let events = vectors.map(|vector| core.hardware.interrupt(vector));
         let [completion, request, error] = events.map(AsFd::as_fd);
         let fds = [stop.as_fd(), completion, request, error];
         let mut fds = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN));
-        let left = next_look.saturating_duration_since(Instant::now());
+        let left = match more {
+            true => Duration::ZERO,
+            false => next_look.saturating_duration_since(Instant::now()),
+        };
         // Rounded up, so that it does not spin in the last millisecond.
         let left = PollTimeout::try_from(left.as_micros().div_ceil(1000));
         match poll(&mut fds, left.unwrap_or(PollTimeout::MAX)) {
@@ -97,8 +101,8 @@ fn serve<H: Hardware>(core: &Core<H>, stop: &EventFd) {
             core.bell.ring();
         }
         // A look at the ring costs nothing.
-        if request || error || Instant::now() >= next_look {
-            core.serve_requests();
+        if more || request || error || Instant::now() >= next_look {
+            more = core.serve_requests();
         }
         if error || Instant::now() >= next_look {
             // What it finds is told to all who wait.
@@ -109,17 +113,19 @@ fn serve<H: Hardware>(core: &Core<H>, stop: &EventFd) {
 }
 
 impl<H: Hardware> Core<H> {
-    /// Serves all requests in the page request ring.
-    fn serve_requests(&self) {
-        loop {
+    /// Serves the requests in the page request ring, but no more than it holds: a device that
+    /// always has more does not keep the thread from other work, nor from its end. Whether there
+    /// may be more.
+    fn serve_requests(&self) -> bool {
+        for _ in 0..Requests::ENTRIES {
             let (life, space, request) = {
                 let mut state = self.state();
                 let life = state.life.clone();
                 if life.queue.check().is_err() {
-                    return;
+                    return false;
                 }
                 match state.requests.next(self) {
-                    Ok(None) => return,
+                    Ok(None) => return false,
                     Ok(Some(request)) => {
                         let space = state.spaces.get(&request.context).cloned();
                         (life, space, request)
@@ -127,7 +133,7 @@ impl<H: Hardware> Core<H> {
                     Err(error) => {
                         drop(state);
                         self.kill(&life, error);
-                        return;
+                        return false;
                     }
                 }
             };
@@ -135,6 +141,7 @@ impl<H: Hardware> Core<H> {
                 let value = value.into();
                 let error = Error::Protocol(Nonsense::Register { name, value });
                 self.kill(&life, error);
+                false
             };
             if request.context >= self.contexts() {
                 return nonsense("context of a page request", request.context);
@@ -159,14 +166,22 @@ impl<H: Hardware> Core<H> {
                     .fetch_add(u64::from(!covered), Ordering::Relaxed);
                 covered
             });
+            // A device that has spoilt the way there would ask for ever.
+            if let (Some(space), true) = (&space, covered)
+                && let Err(error) = space.check(self.arena(), Iova(request.iova))
+            {
+                self.kill(&life, error);
+                return false;
+            }
             let response = match covered {
                 true => Response::Success,
                 false => Response::Invalid,
             };
             let answer = respond(request.context, request.group, response);
             if self.send(&life, &[answer], false).is_err() {
-                return;
+                return false;
             }
         }
+        true
     }
 }

@@ -13,7 +13,7 @@ use nix::errno::Errno;
 
 use super::bus_space::Slot;
 use crate::error::{Error, Result};
-use crate::protocol::{Invalidations, PageTable};
+use crate::protocol::{BusMemory, Invalidations, PageTable};
 
 /// A device from one reset to the next.
 #[derive(Debug)]
@@ -101,6 +101,17 @@ impl Space {
         let state = self.lock();
         let below = state.ranges.range(..=at).next_back();
         below.is_some_and(|(_, range)| at < range.end && range.live && (range.write || !write))
+    }
+
+    /// Whether the device finds the page table as it was written, if the address is registered.
+    pub(super) fn check(&self, memory: &impl BusMemory, at: Iova) -> Result<()> {
+        let state = self.lock();
+        let below = state.ranges.range(..=at).next_back();
+        let there = below.is_some_and(|(_, range)| at < range.end && range.live);
+        match &state.table {
+            Some(table) if there => table.check(memory, at),
+            _ => Ok(()),
+        }
     }
 }
 
