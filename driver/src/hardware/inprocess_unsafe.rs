@@ -75,6 +75,13 @@ fn lock(pieces: &Mutex<Pieces>) -> MutexGuard<'_, Pieces> {
 impl LocalDevice {
     /// Starts a device.
     pub fn new(config: Config) -> Result<Self> {
+        Self::with_ports(config, |ports| ports)
+    }
+
+    /// Starts a device with something between it and its doors. What `wrap` returns reaches memory
+    /// by the port that it was given only, and makes accesses of its own only within one of the
+    /// device's: the promises of [`Hardware`] rest on it.
+    pub(super) fn with_ports(config: Config, wrap: impl FnOnce(Ports) -> Ports) -> Result<Self> {
         let event = || {
             EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
                 .map_err(failed("eventfd"))
@@ -89,7 +96,7 @@ impl LocalDevice {
             trace: Arc::new(Ignore),
             wake: bell.clone(),
         };
-        let device = Device::new(config, ports)
+        let device = Device::new(config, wrap(ports))
             .map_err(|_| Error::Argument("a device configuration that is out of range"))?;
         let device = Arc::new(device);
         let runner = Runner::start(&device, &bell)

@@ -19,6 +19,14 @@ mod bus;
 mod inprocess_bus;
 #[cfg(feature = "inprocess")]
 mod inprocess_unsafe;
+#[cfg(feature = "mutated")]
+mod mutated_bus;
+#[cfg(feature = "mutated")]
+mod mutated_faults;
+#[cfg(feature = "mutated")]
+mod mutated_ledger;
+#[cfg(feature = "mutated")]
+mod mutated_unsafe;
 #[cfg(any(feature = "socket", feature = "vfio"))]
 mod pages_unsafe;
 #[cfg(any(feature = "socket", feature = "vfio"))]
@@ -41,6 +49,10 @@ mod vfio_unsafe;
 
 #[cfg(feature = "inprocess")]
 pub use inprocess_unsafe::{LocalDevice, LocalMemory};
+#[cfg(feature = "mutated")]
+pub use mutated_faults::{Faults, Lie, mix};
+#[cfg(feature = "mutated")]
+pub use mutated_unsafe::{Mutated, MutatedMemory};
 #[cfg(feature = "socket")]
 pub use socket_server_unsafe::SocketServer;
 #[cfg(feature = "socket")]
