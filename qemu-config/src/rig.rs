@@ -392,6 +392,8 @@ impl Rig {
             // Emulated processors wait for real ones: what looks stuck may just not be running.
             words.push("rcupdate.rcu_cpu_stall_timeout=120".to_owned());
             words.push("sysctl.kernel.watchdog_thresh=60".to_owned());
+            // Nor is a timer broken whose first ticks are late; with an IOMMU the kernel would give up.
+            words.push("no_timer_check".to_owned());
         }
         match self.options.iommu() {
             Iommu::None => {}
