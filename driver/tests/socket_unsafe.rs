@@ -29,7 +29,13 @@ fn read(hardware: &impl Hardware, register: regs::Register) -> u64 {
 }
 
 fn write(hardware: &impl Hardware, register: regs::Register, value: u64) {
-    hardware.write(BAR_REGS, register.offset, register.width, value);
+    // SAFETY: all that these tests map is memory of `Hardware::allocate`, accessed as words.
+    unsafe { hardware.write(BAR_REGS, register.offset, register.width, value) };
+}
+
+fn map(hardware: &Socket, addr: Iova, len: u64, bus: Gpa) -> Result<(), Error> {
+    // SAFETY: as above.
+    unsafe { hardware.map(addr, len, bus, true) }
 }
 
 fn addr(memory: &impl Memory) -> Iova {
@@ -79,9 +85,7 @@ impl<'a> Driver<'a> {
     fn new(hardware: &'a Socket, bus: Gpa) -> Self {
         let memory = hardware.allocate(4 * PAGE as usize, Fork::Nothing);
         let memory = memory.expect("memory");
-        hardware
-            .map(addr(&memory), 4 * PAGE, bus, true)
-            .expect("mapped");
+        map(hardware, addr(&memory), 4 * PAGE, bus).expect("mapped");
         Self {
             hardware,
             memory,
@@ -145,10 +149,12 @@ fn registers_and_doorbells_are_there_and_nothing_beside_them() {
     assert_eq!(read(&hardware, regs::CAP), regs::CAP_VALUE);
     for (bar, offset, width) in [(1, 0, 4), (BAR_REGS, PAGE, 4), (BAR_REGS, u64::MAX, 4)] {
         assert_eq!(hardware.read(bar, offset, width), 0xffff_ffff);
-        hardware.write(bar, offset, width, 1);
+        // SAFETY: there is nothing.
+        unsafe { hardware.write(bar, offset, width, 1) };
     }
     assert_eq!(hardware.read(BAR_REGS, PAGE - 4, 8), u64::MAX);
-    hardware.write(BAR_DOORBELLS, BAR_DOORBELLS_SIZE - PAGE, 4, 0);
+    // SAFETY: nothing is mapped.
+    unsafe { hardware.write(BAR_DOORBELLS, BAR_DOORBELLS_SIZE - PAGE, 4, 0) };
     assert_eq!(read(&hardware, regs::ID), u64::from(regs::ID_VALUE));
     let ranges = hardware.bus_ranges();
     let msi = Gpa(0xfee0_0000)..Gpa(0xfef0_0000);
@@ -208,9 +214,7 @@ fn what_is_unmapped_is_not_reached_any_more() {
     hardware.reset().expect("reset");
     hardware.set_bus_master(true).expect("bus master");
     driver.bus = Gpa(0x2000);
-    hardware
-        .map(addr(&driver.memory), 4 * PAGE, driver.bus, true)
-        .expect("mapped");
+    map(&hardware, addr(&driver.memory), 4 * PAGE, driver.bus).expect("mapped");
     driver.enable();
     driver.post_wait(3);
     interrupted(&hardware, Vector::Invalidation);
@@ -232,19 +236,17 @@ fn only_what_it_allocated_is_mapped_and_refusals_are_errors() {
         (end, PAGE),
         (start, u64::MAX),
     ] {
-        let refused = hardware.map(at, len, Gpa(0x1000), true);
+        let refused = map(&hardware, at, len, Gpa(0x1000));
         assert!(matches!(refused, Err(Error::Unsupported(_))), "{refused:?}");
     }
     for (bus, len) in [(Gpa(1 << 52), PAGE), (Gpa(5), PAGE), (Gpa(0x1000), 5)] {
-        match hardware.map(start, len, bus, true) {
+        match map(&hardware, start, len, bus) {
             Err(Error::Hardware(text)) => assert!(text.contains("DMA_MAP"), "{text}"),
             other => panic!("{other:?}"),
         }
     }
     // After refusals the conversation goes on.
-    hardware
-        .map(start, PAGE, Gpa(0x1000), true)
-        .expect("mapped");
+    map(&hardware, start, PAGE, Gpa(0x1000)).expect("mapped");
     assert!(matches!(
         hardware.unmap(Gpa(0x1000), u64::MAX),
         Err(Error::Hardware(_))
@@ -254,7 +256,7 @@ fn only_what_it_allocated_is_mapped_and_refusals_are_errors() {
     // Memory that is gone cannot be mapped, even if others are there now.
     let gone = addr(&memory);
     drop(memory);
-    assert!(hardware.map(gone, PAGE, Gpa(0x1000), true).is_err());
+    assert!(map(&hardware, gone, PAGE, Gpa(0x1000)).is_err());
     assert_eq!(read(&hardware, regs::ID), u64::from(regs::ID_VALUE));
 }
 
@@ -313,7 +315,7 @@ fn a_server_that_is_killed_at_any_moment_gives_errors() {
             let error = loop {
                 let round = || -> Result<(), Error> {
                     let step = || calls.fetch_add(1, Ordering::Relaxed);
-                    hardware.map(addr(&memory), PAGE, Gpa(0x1000), true)?;
+                    map(&hardware, addr(&memory), PAGE, Gpa(0x1000))?;
                     step();
                     write(&hardware, regs::KICK, 1);
                     hardware.set_bus_master(true)?;
@@ -336,7 +338,7 @@ fn a_server_that_is_killed_at_any_moment_gives_errors() {
             hardware.reset(),
             hardware.set_bus_master(true),
             hardware.unmap(Gpa(0x1000), PAGE),
-            hardware.map(addr(&memory), PAGE, Gpa(0x1000), true),
+            map(&hardware, addr(&memory), PAGE, Gpa(0x1000)),
         ] {
             assert!(matches!(result, Err(Error::Dead { .. })), "{result:?}");
         }

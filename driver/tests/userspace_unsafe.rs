@@ -175,8 +175,10 @@ fn a_device_is_taken_over_in_whatever_state_it_is() {
     let hardware = LocalDevice::new(DeviceConfig::default()).unwrap();
     hardware.set_bus_master(true).unwrap();
     // Senseless rings: it stops at once.
-    hardware.write(BAR_REGS, regs::CTX_COUNT.offset, 4, 1);
-    hardware.write(BAR_REGS, regs::CTRL.offset, 4, regs::ctrl::ENABLE.into());
+    for (register, value) in [(regs::CTX_COUNT, 1), (regs::CTRL, regs::ctrl::ENABLE)] {
+        // SAFETY: nothing is mapped.
+        unsafe { hardware.write(BAR_REGS, register.offset, 4, value.into()) };
+    }
     let status = hardware.read(BAR_REGS, regs::STATUS.offset, 4);
     assert_eq!(status, u64::from(regs::status::FATAL));
     let driver = Userspace::new(hardware, Config::default()).unwrap();
@@ -315,10 +317,9 @@ fn a_fatal_error_is_told_at_once() {
     let context = device.context(Options::default()).unwrap();
     // A tail that is too far ahead, as if it were the driver's.
     faults.poke(offset_of!(KernelShadow, iq_tail), 0x4000_0000);
-    device
-        .backing()
-        .hardware()
-        .write(BAR_REGS, regs::KICK.offset, 4, 1);
+    let hardware = device.backing().hardware();
+    // SAFETY: lets the device look at the driver's own structures.
+    unsafe { hardware.write(BAR_REGS, regs::KICK.offset, 4, 1) };
     let begun = Instant::now();
     let (error, info) = (FatalError::IqOverrun, 0x4000_0000);
     assert_eq!(error_of(&context), Error::Fatal { error, info });

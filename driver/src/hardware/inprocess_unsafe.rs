@@ -204,7 +204,7 @@ unsafe impl Hardware for LocalDevice {
         u64::from_le_bytes(bytes)
     }
 
-    fn write(&self, bar: u8, offset: u64, width: u8, value: u64) {
+    unsafe fn write(&self, bar: u8, offset: u64, width: u8, value: u64) {
         let width = usize::from(width).min(8);
         self.device
             .mmio_write(bar, offset, &value.to_le_bytes()[..width]);
@@ -214,7 +214,7 @@ unsafe impl Hardware for LocalDevice {
         BUS.to_vec()
     }
 
-    fn map(&self, addr: Iova, len: u64, bus: Gpa, write: bool) -> Result<()> {
+    unsafe fn map(&self, addr: Iova, len: u64, bus: Gpa, write: bool) -> Result<()> {
         let backing = self.backing(addr, len)?;
         let size = usize::try_from(len).map_err(|_| Error::Argument("more than can be mapped"))?;
         // A mapping of the device's own, which goes when `unmap` has taken it from the bus.

@@ -166,26 +166,28 @@ unsafe impl<H: Hardware> Hardware for Mutated<H> {
         }
     }
 
-    fn write(&self, bar: u8, offset: u64, width: u8, value: u64) {
+    unsafe fn write(&self, bar: u8, offset: u64, width: u8, value: u64) {
         if let Some(register) = register(bar, offset, width) {
             self.structures.note(register, value);
         }
         if self.faults.is_removed() || self.faults.take(Lie::WriteLost).is_some() {
             return;
         }
-        self.hardware.write(bar, offset, width, value);
+        // SAFETY: the caller's promise is the same.
+        unsafe { self.hardware.write(bar, offset, width, value) };
     }
 
     fn bus_ranges(&self) -> Vec<Range<Gpa>> {
         self.hardware.bus_ranges()
     }
 
-    fn map(&self, addr: Iova, len: u64, bus: Gpa, write: bool) -> Result<()> {
+    unsafe fn map(&self, addr: Iova, len: u64, bus: Gpa, write: bool) -> Result<()> {
         if self.faults.take(Lie::MapRefused).is_some() {
             let (call, errno) = ("map", Errno::EPERM);
             return Err(Error::Call { call, errno });
         }
-        self.hardware.map(addr, len, bus, write)?;
+        // SAFETY: the caller's promise is the same.
+        unsafe { self.hardware.map(addr, len, bus, write) }?;
         self.ledger.mapped(addr, len, bus);
         Ok(())
     }

@@ -187,7 +187,7 @@ unsafe impl Hardware for Socket {
         }
     }
 
-    fn write(&self, bar: u8, offset: u64, width: u8, value: u64) {
+    unsafe fn write(&self, bar: u8, offset: u64, width: u8, value: u64) {
         if within(bar, offset, width) {
             let bytes = value.to_le_bytes();
             // Lost if the device is gone, as on a bus; the next call that has a result says so.
@@ -203,7 +203,7 @@ unsafe impl Hardware for Socket {
 
     /// # Errors
     /// [`Error::Unsupported`] for what this hardware has not allocated itself.
-    fn map(&self, addr: Iova, len: u64, bus: Gpa, write: bool) -> Result<()> {
+    unsafe fn map(&self, addr: Iova, len: u64, bus: Gpa, write: bool) -> Result<()> {
         let lent = self.pieces.lend(addr, len, bus);
         let offset = lent.ok_or(Error::Unsupported(
             "memory that was not allocated through it",

@@ -44,7 +44,11 @@ pub unsafe trait Hardware: Send + Sync + 'static {
     /// real bus.
     fn read(&self, bar: u8, offset: u64, width: u8) -> u64;
     /// Writes 4 or 8 bytes of a BAR. May be posted; lost if the device does not answer.
-    fn write(&self, bar: u8, offset: u64, width: u8, value: u64);
+    ///
+    /// # Safety
+    /// Whatever the write makes the device access, now or later, is memory that it may: nothing that
+    /// is mapped and in use by somebody else.
+    unsafe fn write(&self, bar: u8, offset: u64, width: u8, value: u64);
 
     /// Bus addresses that [`Hardware::map`] takes, in order and apart.
     fn bus_ranges(&self) -> Vec<Range<Gpa>>;
@@ -54,7 +58,11 @@ pub unsafe trait Hardware: Send + Sync + 'static {
     /// # Errors
     /// Among others if this hardware can only map what it has allocated itself, or if no more
     /// memory may be locked.
-    fn map(&self, addr: Iova, len: u64, bus: Gpa, write: bool) -> Result<()>;
+    ///
+    /// # Safety
+    /// The device may be set to work on the range until it is unmapped: by then nothing that uses
+    /// `bus` makes it access memory that is in use by somebody else.
+    unsafe fn map(&self, addr: Iova, len: u64, bus: Gpa, write: bool) -> Result<()>;
     /// Takes a mapping back, as a whole; see the trait's promises.
     fn unmap(&self, bus: Gpa, len: u64) -> Result<()>;
 

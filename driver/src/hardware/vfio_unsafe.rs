@@ -268,7 +268,7 @@ unsafe impl<F: Function> Hardware for Vfio<F> {
             .fold(0, |value, byte| value << 8 | u64::from(*byte))
     }
 
-    fn write(&self, bar: u8, offset: u64, width: u8, value: u64) {
+    unsafe fn write(&self, bar: u8, offset: u64, width: u8, value: u64) {
         let bytes = value.to_le_bytes();
         let bytes = match bytes.get(..usize::from(width)) {
             Some(bytes) if matches!(width, 4 | 8) => bytes,
@@ -296,7 +296,7 @@ unsafe impl<F: Function> Hardware for Vfio<F> {
         self.ranges.clone()
     }
 
-    fn map(&self, addr: Iova, len: u64, bus: Gpa, write: bool) -> Result<()> {
+    unsafe fn map(&self, addr: Iova, len: u64, bus: Gpa, write: bool) -> Result<()> {
         let mapped = self.function.map(addr, len, bus, write);
         mapped.map_err(self.refused("mapping memory", len))
     }

@@ -9,12 +9,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use extlb_spec::context::ContextEntry;
 use extlb_spec::regs::{self, FatalError, Register, cap, status};
-use extlb_spec::{BAR_DOORBELLS, BAR_REGS, DOORBELL_STRIDE, Gpa, Iova, MAX_CONTEXTS, PAGE_SIZE};
+use extlb_spec::{BAR_REGS, Gpa, Iova, MAX_CONTEXTS, PAGE_SIZE};
 use nix::errno::Errno;
 
 use super::Config;
 use super::arena::{Arena, Chunk};
-use super::bus_space::{BusSpace, Slot};
+use super::bus_space::BusSpace;
 use super::space::{Life, Space};
 use crate::error::{Error, Nonsense, Result};
 use crate::hardware::Hardware;
@@ -182,15 +182,9 @@ impl<H: Hardware> Core<H> {
         read(&self.hardware, register)
     }
 
-    fn write(&self, register: Register, value: u64) {
-        self.hardware
-            .write(BAR_REGS, register.offset, register.width, value);
-    }
-
     pub(super) fn ring_doorbell(&self, space: &Space) {
         if space.life.queue.check().is_ok() {
-            let offset = u64::from(space.number) * DOORBELL_STRIDE;
-            self.hardware.write(BAR_DOORBELLS, offset, 4, 0);
+            self.write_doorbell(space.number);
         }
     }
 
@@ -290,18 +284,6 @@ impl<H: Hardware> Core<H> {
         let start = slot.start;
         self.arena().add(Chunk { memory, slot }, taken);
         Ok(start)
-    }
-    /// Maps memory at free bus addresses.
-    pub(super) fn map(&self, addr: Iova, len: u64, write: bool) -> Result<Slot> {
-        // A statement of its own: not locked while the hardware pins.
-        let slot = self.bus().allocate(addr, len)?;
-        match self.hardware.map(addr, len, slot.start, write) {
-            Ok(()) => Ok(slot),
-            Err(error) => {
-                self.bus().free(slot);
-                Err(error)
-            }
-        }
     }
 }
 

@@ -42,6 +42,7 @@
 mod arena;
 mod backing_unsafe;
 mod bus_space;
+mod bus_unsafe;
 mod contexts;
 mod core;
 mod registrations;

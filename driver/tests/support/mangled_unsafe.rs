@@ -94,20 +94,22 @@ unsafe impl Hardware for Mangled {
             _ => self.device.read(bar, offset, width),
         }
     }
-    fn write(&self, bar: u8, offset: u64, width: u8, value: u64) {
+    unsafe fn write(&self, bar: u8, offset: u64, width: u8, value: u64) {
         if self.faults.gone.load(Ordering::Relaxed) {
             return;
         }
         if bar == BAR_REGS && offset == regs::SHADOW.offset {
             self.faults.shadow.store(value, Ordering::Relaxed);
         }
-        self.device.write(bar, offset, width, value);
+        // SAFETY: the caller's promise is the same.
+        unsafe { self.device.write(bar, offset, width, value) };
     }
     fn bus_ranges(&self) -> Vec<Range<Gpa>> {
         self.device.bus_ranges()
     }
-    fn map(&self, addr: Iova, len: u64, bus: Gpa, write: bool) -> Result<()> {
-        self.device.map(addr, len, bus, write)?;
+    unsafe fn map(&self, addr: Iova, len: u64, bus: Gpa, write: bool) -> Result<()> {
+        // SAFETY: the caller's promise is the same.
+        unsafe { self.device.map(addr, len, bus, write) }?;
         self.faults.mapped.lock().unwrap().push((bus, addr, len));
         Ok(())
     }
