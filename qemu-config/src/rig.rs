@@ -180,8 +180,6 @@ impl Rig {
     pub fn prepare(options: &Options) -> Result<Self> {
         let cache = Cache::open()?;
         let binary = cargo::rig_binary(&cache)?;
-        // First what fails soonest, if it fails.
-        let programs = cargo::guest_programs(&cache)?;
         let mut toolboxes = vec![&toolbox::TOOLS];
         if options.qemu.is_none() && Qemu::of_machine().is_err() {
             toolboxes.push(&toolbox::QEMU);
@@ -189,7 +187,14 @@ impl Rig {
         if options.is_stock() {
             toolboxes.push(&toolbox::STOCK);
         }
-        toolbox::fetch_missing(&cache, &toolboxes)?;
+        // Compilers wait for processors, downloads for the network: both at once.
+        let (programs, fetched) = std::thread::scope(|scope| {
+            let fetching = scope.spawn(|| toolbox::fetch_missing(&cache, &toolboxes));
+            let programs = cargo::guest_programs(&cache);
+            (programs, fetching.join())
+        });
+        let programs = programs?;
+        fetched.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
         let qemu = Qemu::get(&cache, options.qemu.as_deref())?;
         let tools = Toolbox::get(&cache, &toolbox::TOOLS)?;
         let mut stock = None;
