@@ -8,9 +8,9 @@ use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result, bail};
-use extlb_guest::bench::{Figures, Workload};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
+use crate::cargo;
 use crate::child;
 use crate::progress::Step;
 use crate::qemu::command::Iommu;
@@ -40,6 +40,26 @@ pub struct Arguments {
     /// How long each workload runs, in ms
     #[arg(long, value_name = "MS", default_value_t = 400)]
     time: u64,
+}
+
+/// What one way took, as the benchmark's program says it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+struct Figures {
+    /// Median time of reading a register, in ns; absent where a program cannot.
+    register_read_ns: Option<u64>,
+    /// The workloads.
+    workloads: Vec<Workload>,
+}
+
+/// What a workload took.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct Workload {
+    name: String,
+    rounds: u64,
+    p50_ns: u64,
+    p99_ns: u64,
+    per_second: f64,
+    bytes_per_second: f64,
 }
 
 /// One way to the device.
@@ -80,6 +100,7 @@ fn backings(options: &Options, time: u64) -> Result<Report> {
         bail!("a comparison chooses kernels and drivers itself");
     }
     let patched = Rig::prepare(options)?;
+    let program = cargo::bench_program(&patched.cache)?;
     let stock = Rig::prepare(&Options {
         kernel: Some(GivenKernel::Stock),
         qemu_arg: vec!["-device".into(), "edu".into()],
@@ -90,19 +111,24 @@ fn backings(options: &Options, time: u64) -> Result<Report> {
         bind: Some(Bind::VfioPci),
         ..options.clone()
     })?;
-    let mut ways = on_this_machine(&patched, time)?;
+    let mut ways = on_this_machine(&patched, &program, time)?;
 
     let script = format!(
         "{PROGRAM} --time {time} vfio-group && \
          for d in /sys/bus/pci/devices/*; do \
          if [ $(cat $d/device) = {EDU} ]; then exec {PROGRAM} --device ${{d##*/}} bar; fi; done"
     );
-    let [group, edu] = in_guest(&stock, "Debian's own kernel", &script)?;
+    let [group, edu] = in_guest(&stock, &program, "Debian's own kernel", &script)?;
     // Debian's kernel has no iommufd.
     let cdev_script = format!("{PROGRAM} --time {time} vfio-cdev");
-    let [cdev] = in_guest(&bound, "the patched kernel and an IOMMU", &cdev_script)?;
+    let [cdev] = in_guest(
+        &bound,
+        &program,
+        "the patched kernel and an IOMMU",
+        &cdev_script,
+    )?;
     let kernel_script = format!("{PROGRAM} --time {time} kernel");
-    let [kernel] = in_guest(&patched, "the patched kernel", &kernel_script)?;
+    let [kernel] = in_guest(&patched, &program, "the patched kernel", &kernel_script)?;
     ways.extend([
         way("VFIO group", "stock guest", group),
         way("VFIO cdev", "patched guest", cdev),
@@ -133,8 +159,7 @@ fn way(name: &'static str, place: &'static str, figures: Figures) -> Way {
 }
 
 /// The ways that need no guest.
-fn on_this_machine(rig: &Rig, time: u64) -> Result<Vec<Way>> {
-    let program = &rig.programs.bench;
+fn on_this_machine(rig: &Rig, program: &Path, time: u64) -> Result<Vec<Way>> {
     let step = Step::begin("timing the device on this machine");
     let run = |arguments: &[&str]| -> Result<Figures> {
         let mut command = Command::new(program);
@@ -204,11 +229,16 @@ impl Write for Kept {
 }
 
 /// Runs a script in a guest; the `N` lines of figures that it prints.
-fn in_guest<const N: usize>(rig: &Rig, name: &str, script: &str) -> Result<[Figures; N]> {
+fn in_guest<const N: usize>(
+    rig: &Rig,
+    program: &Path,
+    name: &str,
+    script: &str,
+) -> Result<[Figures; N]> {
     let step = Step::begin(format!("timing the device in a guest with {name}"));
     let request = Request {
         add: vec![Addition {
-            host: rig.programs.bench.clone(),
+            host: program.to_owned(),
             guest: PROGRAM.into(),
         }],
         ..Request::new(["sh", "-c", script])

@@ -18,31 +18,40 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 pub struct GuestPrograms {
     /// Process 1.
     pub agent: PathBuf,
-    /// Times the ways to the device.
-    pub bench: PathBuf,
     /// The tour.
     pub tour: PathBuf,
 }
 
 /// Builds the guest's programs (cargo decides what is stale).
 pub fn guest_programs(cache: &Cache) -> Result<GuestPrograms> {
+    let folder = static_programs(cache, "extlb-guest", "guest's programs")?;
+    Ok(GuestPrograms {
+        agent: folder.join("extlb-agent"),
+        tour: folder.join("extlb-tour"),
+    })
+}
+
+/// Builds the program that times a way to the device; it runs in guests and on the machine.
+pub fn bench_program(cache: &Cache) -> Result<PathBuf> {
+    Ok(static_programs(cache, "extlb-bench", "benchmark")?.join("extlb-bench"))
+}
+
+/// Builds the programs of a package, statically linked; the folder that they are in.
+fn static_programs(cache: &Cache, package: &str, what: &str) -> Result<PathBuf> {
     let target = paths::target(cache)?.join("guest");
     let mut command = cargo(&target);
-    command.args(["--package", "extlb-guest", "--bins", "--target", TARGET]);
+    command.args(["--package", package, "--bins", "--target", TARGET]);
     command.env(
         "RUSTFLAGS",
         "-C target-feature=+crt-static -C strip=symbols",
     );
-    build(cache, &mut command, "guest").context(
-        "cannot build the guest's programs (needed are cargo, a C linker and the static C library; \
-         see `extlb doctor`)",
-    )?;
-    let folder = target.join(TARGET).join("release");
-    Ok(GuestPrograms {
-        agent: folder.join("extlb-agent"),
-        bench: folder.join("extlb-bench"),
-        tour: folder.join("extlb-tour"),
-    })
+    build(cache, &mut command, what).with_context(|| {
+        format!(
+            "cannot build the {what} (needed are cargo, a C linker and the static C library; see \
+             `extlb doctor`)"
+        )
+    })?;
+    Ok(target.join(TARGET).join("release"))
 }
 
 /// Whether this program understands the rig's command line, whatever it is called.
@@ -107,9 +116,10 @@ fn confuses_cargo(name: &str) -> bool {
     outer && !kept.iter().any(|kept| name.starts_with(kept))
 }
 
-fn build(cache: &Cache, command: &mut Command, name: &str) -> Result<()> {
+fn build(cache: &Cache, command: &mut Command, what: &str) -> Result<()> {
+    let name: String = what.split(|c: char| !c.is_ascii_alphanumeric()).collect();
     let log = cache.path(format!("log/cargo-{name}-{}.log", std::process::id()))?;
-    let mut step = Step::begin(format!("building the {name}'s programs"));
+    let mut step = Step::begin(format!("building the {what}"));
     if let Err(error) = child::run(command, &log, &mut step, String::new) {
         bail!("{error:#}");
     }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use extlb_guest::protocol::{Mount, Setup};
+use extlb_guest_protocol::{Mount, Setup};
 use serde_json::{Value, json};
 
 use crate::cli::{MachineArguments, tell};
@@ -16,7 +16,7 @@ use crate::run::environment;
 use crate::toolbox::{SOURCE, Toolbox};
 use crate::vm::{Input, Sinks};
 use crate::{compare, disks, kernel};
-use extlb_guest::protocol::Exec;
+use extlb_guest_protocol::Exec;
 
 /// Where the input's disk is mounted in the guest.
 const MOUNT: &str = "/mnt/input";

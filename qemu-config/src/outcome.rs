@@ -1,6 +1,6 @@
 //! How a run ended, and the exit code for it.
 
-use extlb_guest::protocol::Exit;
+use extlb_guest_protocol::Exit;
 use serde_json::Value;
 
 use crate::console::Report;

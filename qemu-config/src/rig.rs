@@ -5,7 +5,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use extlb_guest::protocol::{MODULES_FILE, Setup};
+use extlb_guest_protocol::{MODULES_FILE, Setup};
 
 use crate::cargo::{self, GuestPrograms};
 use crate::child;
@@ -132,8 +132,7 @@ pub struct Rig {
     driver: Option<PathBuf>,
     /// Debian's own kernel, if that is the one.
     stock: Option<Stock>,
-    /// The guest's programs.
-    pub programs: GuestPrograms,
+    programs: GuestPrograms,
     applets: Vec<String>,
     options: Options,
 }

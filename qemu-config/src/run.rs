@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use extlb_guest::protocol::{Exec, Setup, Window};
+use extlb_guest_protocol::{Exec, Setup, Window};
 
 use crate::disks;
 use crate::initramfs::{Archive, PATH};

@@ -1,8 +1,4 @@
-//! What runs inside the guest, and the protocol by which the rig speaks with it.
-//!
-//! The rig depends on this crate for [`protocol`] only: both ends are compiled from one definition.
+//! What runs inside the guest: the agent, which the rig speaks with, and the tour.
 
 pub mod agent;
-pub mod bench;
-pub mod protocol;
 pub mod tour;

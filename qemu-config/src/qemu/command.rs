@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use serde_json::json;
 
 use super::accel::Accelerator;
-use extlb_guest::protocol::PORT_NAME;
+use extlb_guest_protocol::PORT_NAME;
 
 /// A disk of the guest.
 #[derive(Clone, Debug, PartialEq, Eq)]

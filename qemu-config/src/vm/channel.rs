@@ -8,7 +8,7 @@ use std::thread::Builder;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use extlb_guest::protocol::{self, MAX_BODY, ToGuest, ToRig, Window};
+use extlb_guest_protocol::{self as protocol, MAX_BODY, ToGuest, ToRig, Window};
 
 /// QEMU takes what is sent within this time, or something is badly wrong.
 const SEND_LIMIT: Duration = Duration::from_secs(20);

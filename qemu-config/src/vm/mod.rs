@@ -22,7 +22,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use extlb_guest::protocol::{self, Exec, Exit, Setup, ToGuest, ToRig};
+use extlb_guest_protocol::{self as protocol, Exec, Exit, Setup, ToGuest, ToRig};
 
 use crate::child::last_lines;
 use crate::console::Watcher;

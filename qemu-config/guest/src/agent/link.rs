@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::protocol::{self, PORT_NAME, ToRig};
+use extlb_guest_protocol::{self as protocol, PORT_NAME, ToRig};
 
 /// The port needs the driver's probe to be through, which runs beside process 1.
 const PORT_WAIT: Duration = Duration::from_secs(20);

@@ -15,7 +15,7 @@ use std::io::Read;
 
 use anyhow::{Context, Result, bail};
 
-use crate::protocol::{self, MAX_BODY, ToGuest, ToRig};
+use extlb_guest_protocol::{self as protocol, MAX_BODY, ToGuest, ToRig};
 use link::Link;
 use program::Program;
 use reaper::Reaper;

@@ -16,7 +16,7 @@ use rustix::termios::{Winsize, tcsetwinsize};
 
 use super::link::Link;
 use super::reaper::Reaper;
-use crate::protocol::{Exec, Exit, MAX_BODY, STDIN_WINDOW, ToRig, Window};
+use extlb_guest_protocol::{Exec, Exit, MAX_BODY, STDIN_WINDOW, ToRig, Window};
 
 /// Exit code for a program that does not exist, as of a shell.
 const NOT_FOUND: i32 = 127;

@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 use nix::errno::Errno;
 use nix::sys::wait::{WaitStatus, waitpid};
 
-use crate::protocol::Exit;
+use extlb_guest_protocol::Exit;
 
 /// Statuses of ended children that somebody asked for.
 #[derive(Clone)]

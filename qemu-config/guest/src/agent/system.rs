@@ -14,7 +14,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::pci;
-use crate::protocol::{MODULES_FILE, Mount, Setup};
+use extlb_guest_protocol::{MODULES_FILE, Mount, Setup};
 
 /// Where the rig puts the driver.
 const DRIVER: &str = "/extlb.ko";

@@ -1,4 +1,4 @@
-//! The same workloads over one backing after the other; the rig puts the tables side by side.
+//! The same workloads over one way to the device, as JSON; `extlb bench` runs it for each.
 
 mod mmio_unsafe;
 
@@ -13,7 +13,7 @@ use extlb_driver::inprocess::{InProcess, MachineConfig};
 use extlb_driver::userspace::{Config, Userspace};
 use extlb_driver::workloads::{self, Timing};
 use extlb_driver::{Backing, Device, Kernel, spec};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 /// Times the device over one backing and prints the figures as JSON.
 #[derive(Debug, Parser)]
@@ -53,29 +53,29 @@ enum Way {
 }
 
 /// What one way took.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Figures {
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+struct Figures {
     /// Median time of reading a register, in ns; absent where a program cannot.
-    pub register_read_ns: Option<u64>,
+    register_read_ns: Option<u64>,
     /// The workloads.
-    pub workloads: Vec<Workload>,
+    workloads: Vec<Workload>,
 }
 
 /// What a workload took.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Workload {
+#[derive(Clone, Debug, PartialEq, Serialize)]
+struct Workload {
     /// Its name.
-    pub name: String,
+    name: String,
     /// Rounds done.
-    pub rounds: u64,
+    rounds: u64,
     /// Median time of a round, in ns.
-    pub p50_ns: u64,
+    p50_ns: u64,
     /// 99th percentile, in ns.
-    pub p99_ns: u64,
+    p99_ns: u64,
     /// Operations a second.
-    pub per_second: f64,
+    per_second: f64,
     /// Bytes a second; 0 where no data is moved.
-    pub bytes_per_second: f64,
+    bytes_per_second: f64,
 }
 
 impl From<Timing> for Workload {
@@ -91,8 +91,7 @@ impl From<Timing> for Workload {
     }
 }
 
-/// The program.
-pub fn main() -> ExitCode {
+fn main() -> ExitCode {
     let arguments = Arguments::parse();
     match measure(&arguments).and_then(|figures| Ok(serde_json::to_string(&figures)?)) {
         Ok(text) => {
