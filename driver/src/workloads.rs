@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 use crate::memory_unsafe::Backing;
-use crate::{Device, Options};
+use crate::{Context, Device, Options};
 
 /// How long each workload runs.
 pub const DEFAULT_TIME: Duration = Duration::from_millis(400);
@@ -85,10 +85,13 @@ pub fn names() -> impl Iterator<Item = &'static str> {
 /// # Errors
 /// The first operation that fails ends it: a figure of work that was not done is none.
 pub fn run<B: Backing>(device: &Device<B>, time: Duration) -> Result<Vec<Timing>> {
-    let run = |workload: &Workload| match workload.kind {
-        Kind::One => one_by_one(device, time, workload),
-        Kind::Together => together(device, time, workload),
-        Kind::Registration => registration(device, time, workload),
+    let run = |workload: &Workload| {
+        let context = device.context(Options::default())?;
+        match workload.kind {
+            Kind::One => one_by_one(&context, time, workload),
+            Kind::Together => together(&context, time, workload),
+            Kind::Registration => registration(&context, time, workload),
+        }
     };
     WORKLOADS.iter().map(run).collect()
 }
@@ -127,11 +130,10 @@ fn time(
 const HANDED_OVER: Error = Error::Argument("a workload goes on after it has failed");
 
 fn one_by_one<B: Backing>(
-    device: &Device<B>,
+    context: &Context<B>,
     how_long: Duration,
     workload: &Workload,
 ) -> Result<Timing> {
-    let context = device.context(Options::default())?;
     let queue = context.queue();
     let len = workload.len;
     if len == 0 {
@@ -146,11 +148,10 @@ fn one_by_one<B: Backing>(
 }
 
 fn together<B: Backing>(
-    device: &Device<B>,
+    context: &Context<B>,
     how_long: Duration,
     workload: &Workload,
 ) -> Result<Timing> {
-    let context = device.context(Options::default())?;
     let queue = context.queue();
     let len = workload.len;
     if len == 0 {
@@ -183,13 +184,12 @@ fn together<B: Backing>(
 /// What taking memory back costs when the device has used it: an operation on the memory is part
 /// of each round, or there would be nothing to shoot down.
 fn registration<B: Backing>(
-    device: &Device<B>,
+    context: &Context<B>,
     how_long: Duration,
     workload: &Workload,
 ) -> Result<Timing> {
-    let context = device.context(Options::default())?;
     let queue = context.queue();
-    let mut mapping = Some(device.map_anonymous(workload.len)?);
+    let mut mapping = context.allocate(workload.len)?.unregister()?.ok();
     time(workload, how_long, 1, || {
         let slice = context.register(mapping.take().ok_or(HANDED_OVER)?)?;
         let ((), slice) = queue.fill(slice, 7)?.finish()?;
