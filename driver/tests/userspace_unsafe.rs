@@ -416,7 +416,17 @@ fn a_child_leaves_its_parents_device_alone() {
             assert_eq!(status, nix::sys::wait::WaitStatus::Exited(child, 0));
         }
     }
-    // The parent's device was not reset, and its context goes on.
-    context.queue().nop().unwrap().finish().unwrap();
+    // The parent's device was not reset, its context goes on, and somebody serves page requests.
+    let descriptor = Descriptor {
+        opcode: Opcode::Crc32c as u8,
+        src: PAGE_SIZE,
+        len: 8,
+        ..Descriptor::default()
+    };
+    // SAFETY: nothing is registered there; it only reads.
+    let pending = unsafe { context.queue().submit_raw(descriptor) }.unwrap();
+    assert!(pending.wait_for(Duration::from_secs(10)).unwrap());
+    let (completion, ()) = pending.finish().unwrap();
+    assert_eq!(completion.status, Status::PageFault as u32);
     works(&device);
 }
