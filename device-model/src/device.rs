@@ -12,6 +12,7 @@ use crate::config::{Config, ConfigError};
 use crate::context::{Context, Entry};
 use crate::counters::{Counters, Totals};
 use crate::guard::Guards;
+use crate::messages::Messages;
 use crate::oracle::Oracle;
 use crate::ports::{Event, Ports};
 use crate::registers::{RegisterFile, decode};
@@ -44,6 +45,7 @@ mod gate {
 pub struct Device {
     pub(crate) config: Config,
     pub(crate) ports: Ports,
+    pub(crate) messages: Messages,
     gate: AtomicU32,
     fatal: Mutex<Option<(FatalError, u64)>>,
     registers: Mutex<RegisterFile>,
@@ -70,6 +72,7 @@ impl Device {
             ports.memory = Arc::new(SlowBus::new(ports.memory, delay));
         }
         Ok(Self {
+            messages: Messages::new(ports.interrupts.clone()),
             ports,
             gate: AtomicU32::new(0),
             fatal: Mutex::new(None),
@@ -287,15 +290,18 @@ impl Device {
         *lock(&self.oracle) = Oracle::new(&self.config.oracle);
         self.counters.reset_into(&mut lock(&self.before));
         *lock(&self.fatal) = None;
+        self.messages.reset();
         self.gate.fetch_and(!gate::FATAL, Ordering::SeqCst);
     }
 
     /// The bus-master bit of the PCI command register. When clearing it returns no access is
-    /// under way; operations go on where they were when it is set again.
+    /// under way, and no interrupt is raised any more; operations go on where they were when it is
+    /// set again.
     pub fn set_bus_master(&self, on: bool) {
         let file = lock(&self.registers);
         if on {
             self.gate.fetch_or(gate::BUS_MASTER, Ordering::SeqCst);
+            self.messages.allow(true);
             let runs = self.is_running();
             drop(file);
             if runs {
@@ -304,6 +310,7 @@ impl Device {
         } else {
             self.gate.fetch_and(!gate::BUS_MASTER, Ordering::SeqCst);
             self.quiesce();
+            self.messages.allow(false);
         }
     }
 
@@ -328,7 +335,7 @@ impl Device {
             self.gate.fetch_or(gate::FATAL, Ordering::SeqCst);
         }
         self.ports.trace.event(Event::Fatal { error, info });
-        self.ports.interrupts.raise(Vector::Error);
+        self.messages.raise(Vector::Error);
     }
 
     /// Does a bit of work: serves the invalidation queue, then gives the next context that has

@@ -43,6 +43,7 @@ mod counters;
 mod device;
 mod guard;
 mod memory;
+mod messages;
 pub mod oracle;
 pub mod pci;
 pub mod ports;

@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 
 use extlb_device::Step;
 use extlb_spec::work::{Descriptor, Status};
-use extlb_spec::{Gpa, Iova, regs};
+use extlb_spec::{Gpa, Iova, Vector, regs};
 
 const SRC: u64 = 0x5555_0000_0000;
 const DST: u64 = 0x5555_1000_0000;
@@ -88,6 +88,29 @@ fn bus_master_off_pauses_and_on_goes_on() {
     guest.run();
     assert_eq!(process.status(n), Some(Status::Success));
     assert_eq!(guest.ack(), ack);
+}
+
+#[test]
+fn interrupts_wait_for_the_bus_master() {
+    let guest = Guest::new();
+    guest.device.set_bus_master(false);
+    let break_it = || {
+        guest.set(regs::CTRL, 0);
+        guest.set(regs::CTX_COUNT, 0);
+        guest.set(regs::CTRL, regs::ctrl::ENABLE.into());
+        assert_eq!(guest.get(regs::STATUS), u64::from(regs::status::FATAL));
+    };
+    break_it();
+    assert_eq!(guest.vectors.count(Vector::Error), 0);
+    guest.device.set_bus_master(true);
+    assert_eq!(guest.vectors.count(Vector::Error), 1);
+    // A reset forgets it.
+    guest.device.reset();
+    guest.device.set_bus_master(false);
+    break_it();
+    guest.device.reset();
+    guest.device.set_bus_master(true);
+    assert_eq!(guest.vectors.count(Vector::Error), 1);
 }
 
 #[test]

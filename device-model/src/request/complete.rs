@@ -48,7 +48,7 @@ impl Device {
             work.event_seq = work.event_seq.wrapping_add(1);
             memory.store_u32(word!(space, event_seq), work.event_seq, Ordering::Release)?;
             drop(access);
-            self.ports.interrupts.raise(Vector::Completion);
+            self.messages.raise(Vector::Completion);
         }
         Ok(())
     }

@@ -116,7 +116,7 @@ impl Device {
         };
         match attempt() {
             Ok(Posted::Sent) => {
-                self.ports.interrupts.raise(Vector::PageRequest);
+                self.messages.raise(Vector::PageRequest);
                 Posted::Sent
             }
             Ok(other) => other,

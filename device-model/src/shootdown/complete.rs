@@ -28,7 +28,7 @@ impl Device {
                 .map_err(|e| (FatalError::WaitWrite, e.addr.0))?;
         }
         if waiting.flags & wait::INTERRUPT != 0 {
-            self.ports.interrupts.raise(Vector::Invalidation);
+            self.messages.raise(Vector::Invalidation);
         }
         Ok(())
     }
