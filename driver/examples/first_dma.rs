@@ -6,8 +6,8 @@
 //! target/debug/examples/first_dma socket              # in a process of its own, started for this
 //! target/debug/examples/first_dma socket PATH         # of `extlb-device --socket-path PATH`
 //! extlb run -- target/debug/examples/first_dma kernel  # in a guest, with the kernel's driver
-//! extlb run --kernel stock --iommu intel -- target/debug/examples/first_dma vfio-group 01:00.0
-//! extlb run … -- target/debug/examples/first_dma vfio-cdev 01:00.0   # where the kernel has it
+//! extlb run --kernel stock -- target/debug/examples/first_dma vfio-group 01:00.0
+//! extlb run --iommu intel --bind vfio-pci -- target/debug/examples/first_dma vfio-cdev 01:00.0
 //! ```
 
 use std::path::PathBuf;
