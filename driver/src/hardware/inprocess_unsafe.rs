@@ -49,7 +49,7 @@ struct Pieces(std::collections::BTreeMap<u64, Piece>);
 
 #[derive(Debug)]
 struct Piece {
-    file: Arc<OwnedFd>,
+    file: Arc<File>,
     len: u64,
 }
 
@@ -123,7 +123,7 @@ impl LocalDevice {
                 .map_err(failed("madvise"))?;
         }
         let piece = Piece {
-            file: Arc::new(file),
+            file: Arc::new(file.into()),
             len: len as u64,
         };
         lock(&self.pieces).0.insert(memory.start(), piece);
@@ -140,9 +140,8 @@ impl LocalDevice {
                 offset < piece.len && len <= piece.len - offset
             })
             .ok_or(Error::Unsupported("memory that it has not allocated"))?;
-        let file = piece.file.try_clone();
-        let file = file.map_err(|_| Error::Argument("no file descriptor left"))?;
-        Ok(FileOffset::new(file.into(), addr.0 - start))
+        // The same descriptor: a process has no more than about a thousand.
+        Ok(FileOffset::from_arc(piece.file.clone(), addr.0 - start))
     }
 }
 
