@@ -194,7 +194,7 @@ impl Drop for Server {
 
 fn serve(rig: &Rig, socket: &Path) -> Result<Server> {
     let mut command = Command::new(&rig.binary);
-    command.arg("device").arg("--socket").arg(socket);
+    command.args(["device", "--once", "--socket"]).arg(socket);
     command.stdin(Stdio::null()).stdout(Stdio::piped());
     let child = dies_with_us(&mut command).spawn();
     let mut server = Server(child.context("cannot start the device")?);

@@ -1,6 +1,7 @@
 //! `extlb device`: the device server alone.
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -44,14 +45,15 @@ pub fn serve(arguments: &Arguments) -> Result<i32> {
     })?;
     // Only now can a client connect: who reads this line may go on.
     let socket = fs::canonicalize(&arguments.socket)?;
-    println!("listening on {}", socket.display());
+    let mut text = format!("listening on {}\n", socket.display());
     if !arguments.once {
-        println!("To attach the device, start QEMU (10.1.1 or newer) with:");
-        println!(
-            "  {}",
-            quoted(&device_arguments(&socket, arguments.memory.0)?)
-        );
+        let arguments = quoted(&device_arguments(&socket, arguments.memory.0)?);
+        text +=
+            &format!("To attach the device, start QEMU (10.1.1 or newer) with:\n  {arguments}\n");
     }
+    // Who has seen enough may have closed it; that is no reason not to serve.
+    let mut out = std::io::stdout();
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
     server.serve()?;
     Ok(0)
 }
