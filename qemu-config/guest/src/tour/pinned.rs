@@ -102,7 +102,12 @@ pub fn be_the_one_to_go() -> Result<()> {
 
 /// The child.
 pub fn child(mib: u64) -> ExitCode {
-    match pin(mib) {
+    tell(pin(mib))
+}
+
+/// What a child says of how it ended: nothing if all memory was had, else why not.
+pub fn tell(outcome: Result<Option<String>>) -> ExitCode {
+    match outcome {
         Ok(None) => ExitCode::SUCCESS,
         Ok(Some(said)) => {
             println!("{said}");

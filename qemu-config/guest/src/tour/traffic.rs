@@ -317,7 +317,8 @@ impl<'a> Traffic<'a> {
                 break;
             };
             let (completion, ()) = pending.finish()?;
-            // Where the notifier is off, the page of a completion may be a stale one, too.
+            // With the notifier off what the device reads is stale on purpose; that step is judged
+            // by what the oracle and the audit find.
             let judged = self.judge(&work, &completion);
             if !self.tolerant {
                 judged.with_context(|| format!("{work}: {completion:?}"))?;

@@ -7,7 +7,7 @@ use extlb_driver::hardware::VfioGroup;
 use extlb_driver::{Error, Options};
 
 use crate::tour::figures::Figures;
-use crate::tour::pinned::{self, OUT_OF_MEMORY};
+use crate::tour::pinned;
 use crate::tour::procfs;
 
 /// The working set, in MiB: that of the tour with pte notifiers.
@@ -69,17 +69,7 @@ pub fn run(bdf: &str, figures: &mut Figures) -> Result<String> {
 
 /// The child: registers piece after piece and has the device fill each; says how far it has come.
 pub fn child(mib: u64) -> ExitCode {
-    match lock(mib) {
-        Ok(None) => ExitCode::SUCCESS,
-        Ok(Some(said)) => {
-            println!("{said}");
-            ExitCode::from(OUT_OF_MEMORY)
-        }
-        Err(error) => {
-            println!("{error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    pinned::tell(lock(mib))
 }
 
 fn lock(mib: u64) -> Result<Option<String>> {
