@@ -63,8 +63,12 @@ impl Dma for SlowBus {
         self.memory.store_u64(at, value, order)
     }
 
-    fn compare_exchange_u64(&self, at: Gpa, current: u64, new: u64) -> Result<bool, BusError> {
+    fn compare_exchange_u64(&self, at: Gpa, current: u64, new: u64) -> Result<u64, BusError> {
         self.memory.compare_exchange_u64(at, current, new)
+    }
+
+    fn fetch_add_u64(&self, at: Gpa, value: u64) -> Result<u64, BusError> {
+        self.memory.fetch_add_u64(at, value)
     }
 }
 

@@ -41,8 +41,11 @@ pub trait Dma: Send + Sync {
     fn load_u64(&self, at: Gpa, order: Ordering) -> Result<u64, BusError>;
     /// Stores a double word.
     fn store_u64(&self, at: Gpa, value: u64, order: Ordering) -> Result<(), BusError>;
-    /// Replaces `current` with `new`; whether it was still `current`.
-    fn compare_exchange_u64(&self, at: Gpa, current: u64, new: u64) -> Result<bool, BusError>;
+    /// Replaces `current` with `new`, and says what it found: `current`, if it did replace it.
+    /// Atomic against the guest's processors; acquires, and releases if it replaced.
+    fn compare_exchange_u64(&self, at: Gpa, current: u64, new: u64) -> Result<u64, BusError>;
+    /// Adds, modulo 2^64, and says what was there before. Atomic likewise.
+    fn fetch_add_u64(&self, at: Gpa, value: u64) -> Result<u64, BusError>;
 }
 
 /// MSI-X, as the device sees it.

@@ -70,7 +70,7 @@ pub(crate) fn walk(
             return Err(WalkError::NotMapped);
         }
         let used = entry.0 | bit::ACCESSED | if write { bit::DIRTY } else { 0 };
-        if used != entry.0 && !memory.compare_exchange_u64(at, entry.0, used)? {
+        if used != entry.0 && memory.compare_exchange_u64(at, entry.0, used)? != entry.0 {
             attempts += 1;
             continue;
         }

@@ -204,13 +204,18 @@ impl Dma for GuestRam {
         })
     }
 
-    fn compare_exchange_u64(&self, at: Gpa, current: u64, new: u64) -> Result<bool, BusError> {
+    fn compare_exchange_u64(&self, at: Gpa, current: u64, new: u64) -> Result<u64, BusError> {
         self.with(at, 8, Rights::ALL, |s| {
             let word: &AtomicU64 = s.get_atomic_ref(0).ok()?;
-            Some(
-                word.compare_exchange(current, new, Ordering::AcqRel, Ordering::Acquire)
-                    .is_ok(),
-            )
+            let found = word.compare_exchange(current, new, Ordering::AcqRel, Ordering::Acquire);
+            Some(found.unwrap_or_else(|found| found))
+        })
+    }
+
+    fn fetch_add_u64(&self, at: Gpa, value: u64) -> Result<u64, BusError> {
+        self.with(at, 8, Rights::ALL, |s| {
+            let word: &AtomicU64 = s.get_atomic_ref(0).ok()?;
+            Some(word.fetch_add(value, Ordering::AcqRel))
         })
     }
 }

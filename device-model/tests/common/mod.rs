@@ -100,9 +100,13 @@ impl Dma for Hooked {
         self.accesses.fetch_add(1, Ordering::SeqCst);
         self.ram.store_u64(at, value, order)
     }
-    fn compare_exchange_u64(&self, at: Gpa, current: u64, new: u64) -> Result<bool, BusError> {
+    fn compare_exchange_u64(&self, at: Gpa, current: u64, new: u64) -> Result<u64, BusError> {
         self.accesses.fetch_add(1, Ordering::SeqCst);
         self.ram.compare_exchange_u64(at, current, new)
+    }
+    fn fetch_add_u64(&self, at: Gpa, value: u64) -> Result<u64, BusError> {
+        self.accesses.fetch_add(1, Ordering::SeqCst);
+        self.ram.fetch_add_u64(at, value)
     }
 }
 

@@ -147,11 +147,15 @@ impl Dma for Bus {
         self.double(at, true, |word| word.store(value, order))
     }
 
-    fn compare_exchange_u64(&self, at: Gpa, current: u64, new: u64) -> Result<bool, BusError> {
+    fn compare_exchange_u64(&self, at: Gpa, current: u64, new: u64) -> Result<u64, BusError> {
         self.double(at, true, |word| {
             word.compare_exchange(current, new, Ordering::AcqRel, Ordering::Acquire)
-                .is_ok()
+                .unwrap_or_else(|found| found)
         })
+    }
+
+    fn fetch_add_u64(&self, at: Gpa, value: u64) -> Result<u64, BusError> {
+        self.double(at, true, |word| word.fetch_add(value, Ordering::AcqRel))
     }
 }
 

@@ -388,14 +388,21 @@ impl Dma for MutatedBus {
         self.memory.store_u64(at, value, order)
     }
 
-    fn compare_exchange_u64(&self, at: Gpa, current: u64, new: u64) -> Result<bool, BusError> {
+    fn compare_exchange_u64(&self, at: Gpa, current: u64, new: u64) -> Result<u64, BusError> {
         self.there(at, 8)?;
-        let swapped = self.memory.compare_exchange_u64(at, current, new)?;
-        if swapped && let Some(bits) = self.faults.take(Lie::Leaf) {
+        let found = self.memory.compare_exchange_u64(at, current, new)?;
+        if found == current
+            && let Some(bits) = self.faults.take(Lie::Leaf)
+        {
             let spoilt = [0, u64::MAX, Pte::leaf(NOWHERE, true).0][bits as usize % 3];
             self.memory.store_u64(at, spoilt, Ordering::Release)?;
         }
-        Ok(swapped)
+        Ok(found)
+    }
+
+    fn fetch_add_u64(&self, at: Gpa, value: u64) -> Result<u64, BusError> {
+        self.there(at, 8)?;
+        self.memory.fetch_add_u64(at, value)
     }
 }
 
