@@ -14,6 +14,56 @@ const BANNER: &str = "\
  */
 ";
 
+/// Enumerations of the header that programs and the driver share.
+pub const UAPI_ENUMERATIONS: &[&Enumeration] = &[
+    &uapi::create::TABLE,
+    &work::Opcode::TABLE,
+    &work::flags::TABLE,
+    &work::Status::TABLE,
+    &context::ContextError::TABLE,
+];
+
+/// Structures of the header that programs and the driver share.
+pub const UAPI_STRUCTURES: &[&Layout] = &[
+    &work::Descriptor::LAYOUT,
+    &work::Completion::LAYOUT,
+    &context::ContextShadow::LAYOUT,
+    &uapi::Info::LAYOUT,
+    &uapi::Create::LAYOUT,
+    &uapi::Register::LAYOUT,
+    &uapi::Unregister::LAYOUT,
+    &uapi::Stats::LAYOUT,
+    &uapi::Audit::LAYOUT,
+];
+
+/// Enumerations of the header that only the driver sees.
+pub const HARDWARE_ENUMERATIONS: &[&Enumeration] = &[
+    &crate::Vector::TABLE,
+    &regs::ctrl::TABLE,
+    &regs::status::TABLE,
+    &regs::cap::TABLE,
+    &regs::FatalError::TABLE,
+    &regs::StaleKind::TABLE,
+    &context::flags::TABLE,
+    &pte::bit::TABLE,
+    &page_request::RequestKind::TABLE,
+    &page_request::flags::TABLE,
+    &page_request::Response::TABLE,
+    &invalidation::CommandKind::TABLE,
+    &invalidation::InvalidationScope::TABLE,
+    &invalidation::wait::TABLE,
+    &invalidation::audit::TABLE,
+];
+
+/// Structures of the header that only the driver sees.
+pub const HARDWARE_STRUCTURES: &[&Layout] = &[
+    &context::ContextEntry::LAYOUT,
+    &page_request::PageRequest::LAYOUT,
+    &invalidation::Command::LAYOUT,
+    &invalidation::AuditResult::LAYOUT,
+    &invalidation::KernelShadow::LAYOUT,
+];
+
 /// Prints the header that programs and the driver share: ioctls, work queues, shadow page.
 pub fn uapi(out: &mut dyn Write) -> Result {
     out.write_str(
@@ -42,26 +92,10 @@ pub fn uapi(out: &mut dyn Write) -> Result {
         "EXTLB_WORK_RING_LOG2_MAX",
         u64::from(context::MAX_WORK_RING_LOG2),
     )?;
-    for table in [
-        &uapi::create::TABLE,
-        &work::Opcode::TABLE,
-        &work::flags::TABLE,
-        &work::Status::TABLE,
-        &context::ContextError::TABLE,
-    ] {
+    for table in UAPI_ENUMERATIONS {
         enumeration(out, table)?;
     }
-    for layout in [
-        &work::Descriptor::LAYOUT,
-        &work::Completion::LAYOUT,
-        &context::ContextShadow::LAYOUT,
-        &uapi::Info::LAYOUT,
-        &uapi::Create::LAYOUT,
-        &uapi::Register::LAYOUT,
-        &uapi::Unregister::LAYOUT,
-        &uapi::Stats::LAYOUT,
-        &uapi::Audit::LAYOUT,
-    ] {
+    for layout in UAPI_STRUCTURES {
         structure(out, layout)?;
     }
     for ioctl in uapi::IOCTLS {
@@ -117,32 +151,10 @@ pub fn hardware(out: &mut dyn Write) -> Result {
             register.name, register.offset
         )?;
     }
-    for table in [
-        &crate::Vector::TABLE,
-        &regs::ctrl::TABLE,
-        &regs::status::TABLE,
-        &regs::cap::TABLE,
-        &regs::FatalError::TABLE,
-        &regs::StaleKind::TABLE,
-        &context::flags::TABLE,
-        &pte::bit::TABLE,
-        &page_request::RequestKind::TABLE,
-        &page_request::flags::TABLE,
-        &page_request::Response::TABLE,
-        &invalidation::CommandKind::TABLE,
-        &invalidation::InvalidationScope::TABLE,
-        &invalidation::wait::TABLE,
-        &invalidation::audit::TABLE,
-    ] {
+    for table in HARDWARE_ENUMERATIONS {
         enumeration(out, table)?;
     }
-    for layout in [
-        &context::ContextEntry::LAYOUT,
-        &page_request::PageRequest::LAYOUT,
-        &invalidation::Command::LAYOUT,
-        &invalidation::AuditResult::LAYOUT,
-        &invalidation::KernelShadow::LAYOUT,
-    ] {
+    for layout in HARDWARE_STRUCTURES {
         structure(out, layout)?;
         writeln!(
             out,

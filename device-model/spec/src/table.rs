@@ -24,6 +24,8 @@ pub struct Field {
 pub struct Layout {
     /// Name in Rust.
     pub name: &'static str,
+    /// Path in Rust.
+    pub path: &'static str,
     /// Name in C, without `struct`.
     pub c_name: &'static str,
     /// Size in bytes.
@@ -50,6 +52,8 @@ pub struct Value {
 pub struct Enumeration {
     /// Name in Rust.
     pub name: &'static str,
+    /// Path in Rust: of the enum, or of the module of the bits.
+    pub path: &'static str,
     /// Its values.
     pub values: &'static [Value],
     /// Documentation lines.
@@ -112,6 +116,7 @@ macro_rules! layout {
             /// Description of the fields.
             pub const LAYOUT: $crate::table::Layout = $crate::table::Layout {
                 name: stringify!($name),
+                path: concat!(module_path!(), "::", stringify!($name)),
                 c_name: $c_name,
                 size: $size,
                 fields: &[ $( $crate::table::Field {
@@ -168,6 +173,7 @@ macro_rules! enumeration {
             /// Description of the values.
             pub const TABLE: $crate::table::Enumeration = $crate::table::Enumeration {
                 name: stringify!($name),
+                path: concat!(module_path!(), "::", stringify!($name)),
                 values: &[ $( $crate::table::Value {
                     name: stringify!($value), value: $number, doc: &[$($vdoc),*],
                 } ),* ],
@@ -195,6 +201,7 @@ macro_rules! bits {
             /// Description of the bits.
             pub const TABLE: $crate::table::Enumeration = $crate::table::Enumeration {
                 name: stringify!($name),
+                path: module_path!(),
                 values: &[ $( $crate::table::Value {
                     name: stringify!($bit), value: $bit as u64, doc: &[$($vdoc),*],
                 } ),* ],
