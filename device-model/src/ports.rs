@@ -24,8 +24,11 @@ pub struct BusError {
 
 /// Guest memory, as the device's bus master sees it.
 ///
-/// Every access lies within one page. Data is moved as by a DMA engine: bytes, in no order and
-/// without atomicity; words (`load`, `store`, …) are aligned, atomic and ordered as asked.
+/// Every access lies within one leaf of the device's page table, so it may be longer than a page.
+/// Memory that cannot answer such an access in one piece (its pages are in several places) gives
+/// [`BusError`] and has moved nothing; the device then asks page by page. Data is moved as by a
+/// DMA engine: bytes, in no order and without atomicity; words (`load`, `store`, …) are aligned,
+/// atomic and ordered as asked.
 pub trait Dma: Send + Sync {
     /// Reads bytes.
     fn read(&self, from: Gpa, to: &mut [u8]) -> Result<(), BusError>;

@@ -11,6 +11,8 @@ use crate::ports::{BusError, Dma};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Leaf {
     pub(crate) frame: Gpa,
+    /// Bytes that the whole leaf maps: 4 KiB, 2 MiB or 1 GiB.
+    pub(crate) size: u64,
     pub(crate) writable: bool,
     /// The leaf's dirty bit is set.
     pub(crate) dirty: bool,
@@ -77,6 +79,7 @@ pub(crate) fn walk(
         let inside = iova.page().0 & (pte::leaf_size(level) - 1);
         return Ok(Leaf {
             frame: Gpa(entry.addr().0 | inside),
+            size: pte::leaf_size(level),
             writable: entry.is_writable(),
             dirty: used & bit::DIRTY != 0,
         });

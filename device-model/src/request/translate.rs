@@ -83,15 +83,17 @@ impl Access<'_> {
     pub(super) fn page(&self, iova: Iova, write: bool, pages: u64) -> Result<Page<'_>, Halt> {
         let device = self.device;
         let (context, page) = (self.space.context, iova.page());
-        let used = match device.tlb.lookup(context, page, write) {
+        let (used, size) = match device.tlb.lookup(context, page, write) {
             Lookup::Hit(entry) => {
                 device.counters.tlb_hits.add(1);
-                Used {
+                let used = Used {
                     iova,
                     frame: entry.frame,
                     write,
                     fill: entry.fill,
-                }
+                };
+                // Another page of the leaf may have been invalidated since the fill.
+                (used, PAGE_SIZE)
             }
             Lookup::Miss(ticket) => {
                 device.counters.tlb_misses.add(1);
@@ -115,22 +117,27 @@ impl Access<'_> {
                     device.counters.tlb_evictions.add(1);
                 }
                 // Overtaken by a shootdown: good for this access, whose guard it waits for.
-                Used {
+                let used = Used {
                     iova,
                     frame: leaf.frame,
                     write,
                     fill: ticket.fill,
-                }
+                };
+                (used, leaf.size)
             }
         };
         self.last.set(used);
+        let mut rest = size - (iova.0 & (size - 1));
         if let Some(root) = self.space.cpu_page_table {
+            // Watched: each page is compared, as the process may map the leaf by smaller ones.
+            rest = rest_of_page(iova);
             device.check_access(self.context, self.epoch, root, used);
         }
         Ok(Page {
             access: self,
             iova,
             gpa: Gpa(used.frame.0 + iova.page_offset()),
+            rest,
         })
     }
 }
@@ -154,14 +161,38 @@ impl Drop for Access<'_> {
     }
 }
 
-/// A piece of RAM that an address stands for while the access lasts.
+/// A piece of RAM that an address stands for while the access lasts, to the end of its leaf.
+///
+/// `read`, `write` and `copy_to` stay within a page of 4 KiB on each side: what RAM does not answer there is
+/// a bus error. Their `try_` forms reach as far as [`Page::rest`] allows on each side, and only say whether it
+/// was done: the pages of a leaf need not be in one piece of RAM. If it was not, the pages one
+/// by one ([`Page::within`]) tell how far RAM goes.
 pub(super) struct Page<'a> {
     access: &'a Access<'a>,
     iova: Iova,
     gpa: Gpa,
+    rest: u64,
 }
 
-impl Page<'_> {
+#[allow(dead_code)] // the long forms are new
+impl<'a> Page<'a> {
+    /// Bytes from here to the end of the leaf; to the end of the 4 KiB page at least, and for a
+    /// context that the oracle watches at most.
+    pub(super) fn rest(&self) -> u64 {
+        self.rest
+    }
+
+    /// The place `offset` bytes further on; `offset` is less than [`Page::rest`].
+    pub(super) fn within(&self, offset: u64) -> Page<'a> {
+        debug_assert!(offset < self.rest);
+        Page {
+            access: self.access,
+            iova: Iova(self.iova.0 + offset),
+            gpa: Gpa(self.gpa.0 + offset),
+            rest: self.rest - offset,
+        }
+    }
+
     fn bus<R>(&self, result: Result<R, BusError>) -> Result<R, Halt> {
         result.map_err(|error| self.access.bus_error(self.iova, error))
     }
@@ -171,15 +202,28 @@ impl Page<'_> {
         self.bus(self.access.memory().read(self.gpa, to))
     }
 
+    /// Reads, within the leaf; whether it was read.
+    #[must_use]
+    pub(super) fn try_read(&self, to: &mut [u8]) -> bool {
+        debug_assert!(to.len() as u64 <= self.rest);
+        self.access.memory().read(self.gpa, to).is_ok()
+    }
+
     /// Writes, within the page.
     pub(super) fn write(&self, from: &[u8]) -> Result<(), Halt> {
         self.bus(self.access.memory().write(self.gpa, from))
     }
 
+    /// Writes, within the leaf; whether it was written.
+    #[must_use]
+    pub(super) fn try_write(&self, from: &[u8]) -> bool {
+        debug_assert!(from.len() as u64 <= self.rest);
+        self.access.memory().write(self.gpa, from).is_ok()
+    }
+
     /// Writes from `offset` bytes on, within the page.
     pub(super) fn write_at(&self, offset: u64, from: &[u8]) -> Result<(), Halt> {
-        let to = Gpa(self.gpa.0 + offset);
-        self.bus(self.access.memory().write(to, from))
+        self.within(offset).write(from)
     }
 
     /// Stores a word after everything before it.
@@ -196,6 +240,13 @@ impl Page<'_> {
             let iova = if source { self.iova } else { to.iova };
             self.access.bus_error(iova, error)
         })
+    }
+
+    /// Copies to another place, within both leaves; whether it was copied.
+    #[must_use]
+    pub(super) fn try_copy_to(&self, to: &Page<'_>, len: usize) -> bool {
+        debug_assert!(len as u64 <= self.rest.min(to.rest));
+        self.access.memory().copy(self.gpa, to.gpa, len).is_ok()
     }
 }
 
