@@ -16,6 +16,7 @@
 pub mod addr;
 pub mod c_header;
 pub mod context;
+pub mod example;
 pub mod histogram;
 pub mod invalidation;
 pub mod page_request;

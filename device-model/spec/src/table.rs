@@ -54,6 +54,8 @@ pub struct Enumeration {
     pub name: &'static str,
     /// Path in Rust: of the enum, or of the module of the bits.
     pub path: &'static str,
+    /// Width of the word in bits.
+    pub width: u32,
     /// Its values.
     pub values: &'static [Value],
     /// Documentation lines.
@@ -174,6 +176,7 @@ macro_rules! enumeration {
             pub const TABLE: $crate::table::Enumeration = $crate::table::Enumeration {
                 name: stringify!($name),
                 path: concat!(module_path!(), "::", stringify!($name)),
+                width: $ty::BITS,
                 values: &[ $( $crate::table::Value {
                     name: stringify!($value), value: $number, doc: &[$($vdoc),*],
                 } ),* ],
@@ -202,6 +205,7 @@ macro_rules! bits {
             pub const TABLE: $crate::table::Enumeration = $crate::table::Enumeration {
                 name: stringify!($name),
                 path: module_path!(),
+                width: $ty::BITS,
                 values: &[ $( $crate::table::Value {
                     name: stringify!($bit), value: $bit as u64, doc: &[$($vdoc),*],
                 } ),* ],
