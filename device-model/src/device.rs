@@ -14,7 +14,7 @@ use crate::counters::{Counters, Totals};
 use crate::guard::Guards;
 use crate::messages::Messages;
 use crate::oracle::Oracle;
-use crate::ports::{Event, Ports};
+use crate::ports::{Event, Ports, Stop};
 use crate::registers::{RegisterFile, decode};
 use crate::request::{RequestRing, Turn};
 use crate::schedule::Schedule;
@@ -168,7 +168,11 @@ impl Device {
         file.write(hit, raw, true);
         match (was, enable) {
             (false, true) => self.enable(&file),
-            (true, false) => self.disable(),
+            (true, false) => {
+                if self.disable() & gate::ENABLED != 0 {
+                    self.ports.trace.event(Event::Stopped(Stop::Disabled));
+                }
+            }
             _ => {}
         }
         let runs = self.is_running();
@@ -264,9 +268,10 @@ impl Device {
         self.gate.fetch_or(gate::ENABLED, Ordering::SeqCst);
     }
 
-    /// Closes the gate, waits until nothing is under way, and forgets every context.
-    fn disable(&self) {
-        self.gate.fetch_and(!gate::ENABLED, Ordering::SeqCst);
+    /// Closes the gate, waits until nothing is under way, and forgets every context. What the
+    /// gate was.
+    fn disable(&self) -> u32 {
+        let was = self.gate.fetch_and(!gate::ENABLED, Ordering::SeqCst);
         self.quiesce();
         // Nobody looks at the queues while the gate is closed; the epoch that `set_context`
         // raises keeps an engine that is between two accesses from going on when it reopens.
@@ -276,6 +281,7 @@ impl Device {
         self.tlb.remove(&Scope::All);
         *lock(&self.commands) = CommandQueue::default();
         *lock(&self.requests) = RequestRing::default();
+        was
     }
 
     /// Back to the state after power-on, except for the bus-master bit, which PCI owns. When it
@@ -285,13 +291,16 @@ impl Device {
     }
 
     fn reset_locked(&self, file: &mut RegisterFile) {
-        self.disable();
+        let was = self.disable();
         *file = RegisterFile::new();
         *lock(&self.oracle) = Oracle::new(&self.config.oracle);
         self.counters.reset_into(&mut lock(&self.before));
         *lock(&self.fatal) = None;
         self.messages.reset();
         self.gate.fetch_and(!gate::FATAL, Ordering::SeqCst);
+        if was & (gate::ENABLED | gate::FATAL) != 0 {
+            self.ports.trace.event(Event::Stopped(Stop::Reset));
+        }
     }
 
     /// The bus-master bit of the PCI command register. When clearing it returns no access is
@@ -308,9 +317,12 @@ impl Device {
                 self.resume();
             }
         } else {
-            self.gate.fetch_and(!gate::BUS_MASTER, Ordering::SeqCst);
+            let was = self.gate.fetch_and(!gate::BUS_MASTER, Ordering::SeqCst);
             self.quiesce();
             self.messages.allow(false);
+            if was == gate::RUN {
+                self.ports.trace.event(Event::Stopped(Stop::BusMasterOff));
+            }
         }
     }
 

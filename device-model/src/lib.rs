@@ -58,6 +58,7 @@ mod tlb;
 #[cfg(test)]
 mod tlb_tests; // apart, as tests/loom.rs includes tlb.rs
 mod walk;
+mod words;
 
 pub use config::{Config, ConfigError};
 pub use counters::Totals;

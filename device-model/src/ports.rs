@@ -63,7 +63,8 @@ pub trait Clock: Send + Sync {
     fn now(&self) -> Duration;
 }
 
-/// What happened, for people and reports. Nothing here is on a hot path.
+/// What happened, for people and reports: [`Display`](std::fmt::Display) says it in words.
+/// Nothing here is on a hot path.
 #[derive(Clone, Debug)]
 pub enum Event {
     /// The rule was broken.
@@ -96,6 +97,24 @@ pub enum Event {
         /// What it is about.
         info: u64,
     },
+    /// Somebody stopped the device while it ran, or reset it after a fatal error.
+    Stopped(Stop),
+    /// A stop waits unusually long for an access to memory that is under way.
+    SlowStop {
+        /// For how long already.
+        waited: Duration,
+    },
+}
+
+/// How a device was stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// `CTRL.ENABLE` was cleared.
+    Disabled,
+    /// Register reset, or function-level reset.
+    Reset,
+    /// The bus-master bit was cleared, or the power state left D0.
+    BusMasterOff,
 }
 
 /// Takes events.

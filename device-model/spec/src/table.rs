@@ -62,6 +62,17 @@ pub struct Enumeration {
     pub doc: &'static [&'static str],
 }
 
+/// Writes lines of documentation as one.
+pub fn one_line(doc: &[&str], out: &mut dyn core::fmt::Write) -> core::fmt::Result {
+    for (i, line) in doc.iter().enumerate() {
+        if i > 0 {
+            out.write_char(' ')?;
+        }
+        out.write_str(line.trim())?;
+    }
+    Ok(())
+}
+
 /// What a field of a [`layout!`](crate::table::layout) may be: an integer, or an array of them.
 pub trait Member: Copy {
     /// Size of one element in bytes.
@@ -185,6 +196,21 @@ macro_rules! enumeration {
             /// The value with this number, if there is one.
             pub const fn from_raw(raw: $ty) -> Option<Self> {
                 match raw { $( $number => Some(Self::$value), )* _ => None }
+            }
+            /// Name, as in the table.
+            pub const fn name(self) -> &'static str {
+                match self { $( Self::$value => stringify!($value) ),* }
+            }
+            /// What it means, in words: its lines of the table.
+            pub const fn doc(self) -> &'static [&'static str] {
+                match self { $( Self::$value => &[$($vdoc),*] ),* }
+            }
+        }
+
+        /// What the value means, in words, as one line.
+        impl core::fmt::Display for $name {
+            fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+                $crate::table::one_line(self.doc(), f)
             }
         }
     };

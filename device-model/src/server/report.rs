@@ -1,8 +1,9 @@
-//! The report: one JSON object a line, each flushed, so that it holds what happened even if the
-//! process is killed.
+//! The log: one JSON object a line in the report, each flushed, so that it holds what happened
+//! even if the process is killed; and the same in words on standard error.
 
 use std::io::Write;
 use std::sync::Mutex;
+use std::time::{Duration, Instant};
 
 use extlb_spec::Gpa;
 use serde_json::{Value, json};
@@ -15,14 +16,54 @@ use crate::sync::lock;
 /// Lines of events that are written; the rest is counted.
 const MAX_LINES: u64 = 1000;
 /// Of these, lines of bus errors: a program can make any number of them, and must not crowd out
-/// what the report is for.
+/// what the report is for. The same goes for stops.
 const MAX_BUS_LINES: u64 = 100;
+/// Sentences on standard error that may come in a row, and how long until one more may.
+const BURST: u32 = 20;
+const PACE: Duration = Duration::from_secs(1);
+
+/// Says what may be said now, so that a guest cannot flood its host's log.
+struct Pace {
+    left: u32,
+    since: Instant,
+    silent: u64,
+}
+
+impl Pace {
+    fn new(now: Instant) -> Self {
+        Self {
+            left: BURST,
+            since: now,
+            silent: 0,
+        }
+    }
+
+    /// Whether one more may be said, and if so how many were not since the last.
+    fn take(&mut self, now: Instant) -> Option<u64> {
+        let passed = now.saturating_duration_since(self.since).as_millis() / PACE.as_millis();
+        if passed > 0 {
+            self.left = BURST.min(self.left.saturating_add(passed.try_into().unwrap_or(BURST)));
+            self.since = now;
+        }
+        match self.left.checked_sub(1) {
+            Some(left) => {
+                self.left = left;
+                Some(std::mem::take(&mut self.silent))
+            }
+            None => {
+                self.silent += 1;
+                None
+            }
+        }
+    }
+}
 
 struct Inner {
     out: Box<dyn Write + Send>,
     lines: u64,
     bus_lines: u64,
     left_out: u64,
+    pace: Pace,
 }
 
 /// Writes events.
@@ -35,6 +76,7 @@ impl Report {
             lines: 0,
             bus_lines: 0,
             left_out: 0,
+            pace: Pace::new(Instant::now()),
         }))
     }
 
@@ -63,7 +105,10 @@ impl Inner {
 impl Trace for Report {
     fn event(&self, event: Event) {
         let mut inner = lock(&self.0);
-        let bus = u64::from(matches!(event, Event::BusError { .. }));
+        if let Some(silent) = inner.pace.take(Instant::now()) {
+            say(&event, silent);
+        }
+        let bus = u64::from(matches!(event, Event::BusError { .. } | Event::Stopped(_)));
         if inner.lines >= MAX_LINES || inner.bus_lines + bus > MAX_BUS_LINES {
             inner.left_out += 1;
             return;
@@ -74,7 +119,24 @@ impl Trace for Report {
     }
 }
 
+/// Standard error may be closed; that is no reason to stop.
+fn say(event: &Event, silent: u64) {
+    let mut err = std::io::stderr().lock();
+    if silent > 0 {
+        let _ = writeln!(err, "extlb-device: {silent} events are not shown");
+    }
+    let _ = writeln!(err, "extlb-device: {event}");
+}
+
 fn line(event: &Event) -> Value {
+    let mut line = fields(event);
+    if let Value::Object(fields) = &mut line {
+        fields.insert("message".into(), event.to_string().into());
+    }
+    line
+}
+
+fn fields(event: &Event) -> Value {
     match event {
         Event::Stale(access) => stale(access),
         Event::OracleOverflow => json!({ "event": "oracle_overflow" }),
@@ -85,7 +147,7 @@ fn line(event: &Event) -> Value {
         } => json!({
             "event": "context_error",
             "context": context,
-            "error": format!("{error:?}"),
+            "error": error.name(),
             "addr": hex(*addr),
         }),
         Event::BusError {
@@ -101,8 +163,13 @@ fn line(event: &Event) -> Value {
         }),
         Event::Fatal { error, info } => json!({
             "event": "fatal",
-            "error": format!("{error:?}"),
+            "error": error.name(),
             "info": hex(*info),
+        }),
+        Event::Stopped(stop) => json!({ "event": "stopped", "by": format!("{stop:?}") }),
+        Event::SlowStop { waited } => json!({
+            "event": "slow_stop",
+            "waited_ms": u64::try_from(waited.as_millis()).unwrap_or(u64::MAX),
         }),
     }
 }
@@ -110,7 +177,7 @@ fn line(event: &Event) -> Value {
 fn stale(access: &StaleAccess) -> Value {
     json!({
         "event": "stale_access",
-        "kind": format!("{:?}", access.kind),
+        "kind": access.kind.name(),
         "context": access.context,
         "iova": hex(access.iova.0),
         "device_gpa": hex(access.device_gpa.0),
@@ -128,13 +195,14 @@ fn hex(value: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ports::{BusError, Stop};
     use extlb_spec::Iova;
-    use extlb_spec::regs::StaleKind;
+    use extlb_spec::context::ContextError;
+    use extlb_spec::regs::{FatalError, StaleKind};
 
-    #[test]
-    fn a_stale_access_is_one_line_with_its_numbers() {
-        let value = stale(&StaleAccess {
-            kind: StaleKind::NotInvalidated,
+    fn access(kind: StaleKind) -> StaleAccess {
+        StaleAccess {
+            kind,
             context: 1,
             iova: Iova(0x7000),
             device_gpa: Gpa(0x2000),
@@ -142,10 +210,106 @@ mod tests {
             write: true,
             fill: 5,
             invalidation: 6,
-        });
+        }
+    }
+
+    #[test]
+    fn a_stale_access_is_one_line_with_its_numbers() {
+        let value = line(&Event::Stale(access(StaleKind::NotInvalidated)));
         assert_eq!(value["event"], "stale_access");
         assert_eq!(value["kind"], "NotInvalidated");
         assert_eq!(value["iova"], "0x7000");
         assert!(value["cpu_gpa"].is_null());
+        let message = value["message"].as_str().expect("in words");
+        for part in [
+            "Context 1 wrote 0x7000",
+            "0x2000",
+            "fill 5",
+            "invalidation 6",
+        ] {
+            assert!(message.contains(part), "{message}");
+        }
+    }
+
+    /// Every event, with every value of the enums in it.
+    fn events() -> Vec<Event> {
+        let mut events = vec![
+            Event::OracleOverflow,
+            Event::BusError {
+                context: 3,
+                iova: Iova(0x1234),
+                error: BusError {
+                    addr: Gpa(0x5678),
+                    len: 9,
+                },
+            },
+            Event::SlowStop {
+                waited: Duration::from_secs(2),
+            },
+        ];
+        let raw = |values: &[extlb_spec::table::Value]| -> Vec<u32> {
+            values.iter().map(|v| v.value as u32).collect()
+        };
+        for error in raw(FatalError::TABLE.values) {
+            let error = FatalError::from_raw(error).expect("in the table");
+            events.push(Event::Fatal { error, info: 0x42 });
+        }
+        for error in raw(ContextError::TABLE.values) {
+            let error = ContextError::from_raw(error).expect("in the table");
+            events.push(Event::ContextError {
+                context: 7,
+                error,
+                addr: 0x42,
+            });
+        }
+        for kind in raw(StaleKind::TABLE.values) {
+            let kind = StaleKind::from_raw(kind).expect("in the table");
+            events.push(Event::Stale(access(kind)));
+        }
+        events.extend([Stop::Disabled, Stop::Reset, Stop::BusMasterOff].map(Event::Stopped));
+        events
+    }
+
+    #[test]
+    fn every_event_is_told_in_sentences_of_its_own() {
+        let mut seen = std::collections::HashSet::new();
+        for event in events() {
+            let value = line(&event);
+            let message = value["message"].as_str().expect("in words").to_owned();
+            assert!(message.len() > 60 && message.ends_with('.'), "{message}");
+            assert!(
+                !message.contains("  ") && !message.contains('\n'),
+                "{message}"
+            );
+            assert!(!message.contains(".."), "{message}");
+            // The words of the table, and the numbers.
+            match &event {
+                Event::Fatal { error, .. } => {
+                    assert!(message.contains(&error.to_string()) && message.contains("0x42"));
+                    assert_eq!(value["error"], error.name());
+                }
+                Event::ContextError { error, .. } => {
+                    assert!(message.contains(&error.to_string()) && message.contains("0x42"));
+                    assert!(message.contains("Context 7"));
+                }
+                Event::Stale(access) => assert!(message.contains(&access.kind.to_string())),
+                Event::BusError { .. } => {
+                    assert!(message.contains("0x1234") && message.contains("0x5678"));
+                }
+                _ => {}
+            }
+            assert!(seen.insert(message.clone()), "said twice: {message}");
+        }
+    }
+
+    #[test]
+    fn a_flood_is_cut_and_counted() {
+        let begun = Instant::now();
+        let mut pace = Pace::new(begun);
+        let said = |pace: &mut Pace, now| (0..100).filter(|_| pace.take(now).is_some()).count();
+        assert_eq!(said(&mut pace, begun), BURST as usize);
+        assert_eq!(pace.take(begun + PACE), Some(100 - u64::from(BURST)));
+        assert_eq!(pace.take(begun + PACE), None);
+        assert_eq!(said(&mut pace, begun + PACE * 1000), BURST as usize);
     }
 }

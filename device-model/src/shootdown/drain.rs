@@ -1,10 +1,16 @@
 //! Drain: accesses that began before are waited for.
 
+use std::time::Duration;
+
 use extlb_spec::Gpa;
 use extlb_spec::invalidation::wait;
 
 use crate::Device;
 use crate::guard::Drain;
+use crate::ports::Event;
+
+/// A stop that waits longer is worth a line in the log.
+const SLOW: Duration = Duration::from_secs(1);
 
 /// A wait command that is not acknowledged yet.
 #[derive(Debug)]
@@ -38,13 +44,29 @@ impl Device {
     /// Waits for every access that is under way, also those of the queues themselves.
     ///
     /// For the paths where the host, not the guest's kernel, must know that the device is
-    /// silent: reset, bus master off, RAM that goes away. Guards last microseconds. In force
-    /// whatever `debug.skip_drain` says: the host's own memory is at stake.
+    /// silent: reset, bus master off, RAM that goes away. In force whatever `debug.skip_drain`
+    /// says: the host's own memory is at stake.
+    ///
+    /// # How long it takes
+    /// As long as the longest access that is under way: a guard covers a bounded number of
+    /// steps, none of which waits for anything but memory, and the queues' locks are held for
+    /// bounded bursts. Guest RAM that is mapped takes microseconds. Memory that can hang (a file
+    /// whose host hangs, a client that serves accesses by message) holds the stop up until its
+    /// own time limit has passed; the stop does not give up before, as an answer would promise
+    /// silence that nobody can promise. Meanwhile the guest's processor that asked for it waits
+    /// in its access to the configuration space, and the log says why ([`Event::SlowStop`]).
     pub fn quiesce(&self) {
         drop(crate::sync::lock(&self.commands));
         drop(crate::sync::lock(&self.requests));
         let mut drain = self.guards.begin();
+        let begun = self.now();
+        let mut told = false;
         while !self.guards.poll(&mut drain) {
+            let waited = self.now().saturating_sub(begun);
+            if !told && waited >= SLOW {
+                told = true;
+                self.ports.trace.event(Event::SlowStop { waited });
+            }
             std::thread::yield_now();
         }
     }
