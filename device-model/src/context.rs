@@ -98,6 +98,8 @@ pub(crate) struct Waiting {
 pub(crate) struct Failure {
     pub(crate) error: ContextError,
     pub(crate) addr: u64,
+    /// The program is told, in its shadow page.
+    pub(crate) told: bool,
     /// The record is in the page request ring.
     pub(crate) sent: bool,
 }
@@ -152,6 +154,7 @@ impl Failure {
         Self {
             error,
             addr,
+            told: false,
             sent: false,
         }
     }
@@ -236,11 +239,7 @@ impl Context {
             Entry::Valid(space) => Some(space),
             Entry::Stopped => None,
             Entry::Bad(error) => {
-                work.failure = Some(Failure {
-                    error,
-                    addr: 0,
-                    sent: false,
-                });
+                work.failure = Some(Failure::new(error, 0));
                 None
             }
         };

@@ -32,7 +32,10 @@ enumeration! {
         Wait = 2,
         /// Read the context's entry again: start it, change it or stop it. A stopped context
         /// starts no new access, its operations end without a completion, and its
-        /// translations are forgotten; a drained wait behind it tells when it is silent.
+        /// translations are forgotten; a drained wait behind it tells when it is silent. A
+        /// context with the same ring and shadow page as before goes on where it was, with the
+        /// new entry; else, and after a stop, it starts anew with an empty ring. One that has
+        /// failed stays so until it starts anew.
         ContextSync = 3,
         /// Answer a page request. One that nobody waits for is counted and ignored.
         PageResponse = 4,

@@ -47,7 +47,7 @@ impl Device {
         if op.descriptor.flags & flags::INTERRUPT != 0 {
             work.event_seq = work.event_seq.wrapping_add(1);
             memory.store_u32(word!(space, event_seq), work.event_seq, Ordering::Release)?;
-            drop(access);
+            // Inside the guard: a stop waits for it, so that none comes after a reset.
             self.messages.raise(Vector::Completion);
         }
         Ok(())

@@ -98,14 +98,14 @@ impl Device {
         let mut work = lock(&context.work);
         let work = &mut *work;
         context.refresh(work);
-        if work.failure.is_some() {
-            self.report_failure(context, work);
-            return Turn::Parked;
-        }
         let Some(space) = work.space else {
-            return Turn::Parked;
+            // Without a space there is nothing to run; a failure is that of its entry.
+            return self.report_failure(lane, context, work);
         };
-        if !self.collect_responses(context, &space, work) {
+        if work.failure.is_some() {
+            return self.fail(lane, context, &space, work);
+        }
+        if !self.collect_responses(lane, context, &space, work) {
             return match work.failure {
                 Some(_) => self.fail(lane, context, &space, work),
                 None => Turn::Parked,
@@ -118,7 +118,7 @@ impl Device {
                 Err(Halt::Empty) => return self.park(lane, context, &space, work),
                 Err(Halt::Missing(misses)) => {
                     work.misses = misses;
-                    self.request_pages(context, &space, work);
+                    self.request_pages(lane, context, &space, work);
                     return Turn::Parked;
                 }
                 Err(Halt::Broken(iova)) => match &mut work.operation {

@@ -1,7 +1,13 @@
 //! Page request: a miss is put to the kernel, and its answer taken.
 //!
-//! By now the guard is gone: an operation that waits holds nothing, and no shootdown waits for
-//! it. The kernel's answer arrives through the invalidation queue.
+//! By now the guard of the access is gone: an operation that waits holds nothing, and no shootdown
+//! waits for it. The kernel's answer arrives through the invalidation queue.
+//!
+//! A record is written under a guard of its own, for a moment: when a context was stopped and a
+//! drain after that has been acknowledged, all its records are in the ring, and none follows. The
+//! kernel relies on it: it empties the ring before it gives the context's number to somebody
+//! else. The lock of the ring is taken inside the guard and held for a few accesses only; nobody
+//! waits for a drain while holding it.
 
 use std::collections::VecDeque;
 use std::mem::offset_of;
@@ -42,7 +48,8 @@ enum Posted {
     Sent,
     /// The ring is full; the context is run again when there is room.
     Full,
-    /// The device is stopped.
+    /// The device or the context was stopped, or the context changed. It is run again when the
+    /// device goes on, or for the sync.
     Stopped,
 }
 
@@ -63,12 +70,20 @@ impl RequestRing {
 }
 
 impl Device {
-    /// Writes a record for a context, if there is room.
-    fn post(&self, context: u32, record: &PageRequest) -> Posted {
+    /// Writes a record for a context of this epoch, if there is room.
+    fn post(
+        &self,
+        lane: &mut Lane<'_>,
+        context: &Context,
+        epoch: u64,
+        record: &PageRequest,
+    ) -> Posted {
+        // The guard first, the gates after: see `guard.rs`. It also keeps a stop waiting until
+        // the interrupt is raised.
+        let _guard = lane.enter();
         let mut ring = lock(&self.requests);
         let ring = &mut *ring;
-        // Looked at under the lock: a stop closes the gate and then takes this lock.
-        if !self.is_running() {
+        if !self.is_running() || context.epoch() != epoch {
             return Posted::Stopped;
         }
         let memory = &*self.ports.memory;
@@ -90,8 +105,8 @@ impl Device {
                 // Mirror image of the kernel's store to `prq_head`, fence, load of this.
                 fence(Ordering::SeqCst);
                 if !has_room(ring).map_err(shadow_error)? {
-                    if !ring.waiters.contains(&context) {
-                        ring.waiters.push_back(context);
+                    if !ring.waiters.contains(&context.id) {
+                        ring.waiters.push_back(context.id);
                     }
                     return Ok(Posted::Full);
                 }
@@ -137,7 +152,13 @@ impl Device {
 
     /// Sends the requests of an operation that were not sent yet, as far as credits and the
     /// ring allow. The context is run again when a response comes, or room.
-    pub(super) fn request_pages(&self, context: &Context, space: &Space, work: &mut Work) {
+    pub(super) fn request_pages(
+        &self,
+        lane: &mut Lane<'_>,
+        context: &Context,
+        space: &Space,
+        work: &mut Work,
+    ) {
         let credits = (space.credits as usize).saturating_sub(lock(&context.waiting).len());
         let unsent = work.misses.iter_mut().filter(|m| m.group.is_none());
         for miss in unsent.take(credits) {
@@ -167,7 +188,7 @@ impl Device {
                 group,
                 code: 0,
             };
-            if self.post(context.id, &record) != Posted::Sent {
+            if self.post(lane, context, work.epoch, &record) != Posted::Sent {
                 lock(&context.waiting).retain(|w| w.group != group);
                 return;
             }
@@ -193,6 +214,7 @@ impl Device {
     /// on, because it still waits, or because the context failed.
     pub(super) fn collect_responses(
         &self,
+        lane: &mut Lane<'_>,
         context: &Context,
         space: &Space,
         work: &mut Work,
@@ -209,7 +231,7 @@ impl Device {
         };
         if answers.is_empty() {
             // There was no room yet.
-            self.request_pages(context, space, work);
+            self.request_pages(lane, context, space, work);
             return false;
         }
         let stage = work.operation.map(|op| op.outcome.is_some());
@@ -248,34 +270,42 @@ impl Device {
         let Some(failure) = work.failure else {
             return Turn::Parked;
         };
-        match self.enter(lane, context, space, work.epoch) {
-            Ok(access) => {
-                let memory = access.memory();
-                // If it was the shadow page that failed, only the kernel is told.
-                let told = memory
-                    .store_u64(word!(space, error_addr), failure.addr, Ordering::Relaxed)
-                    .and_then(|()| {
-                        let code = failure.error as u32;
-                        memory.store_u32(word!(space, error), code, Ordering::Release)
-                    });
-                drop((told, access));
-            }
-            // Stopped meanwhile, by the kernel; or for a while: then nothing is told by the
-            // shadow page, but the record follows.
-            Err(_) if context.epoch() != work.epoch => return Turn::Worked,
-            Err(_) => {}
+        if !failure.told {
+            let Ok(access) = self.enter(lane, context, space, work.epoch) else {
+                // The device was stopped: it is told when the device goes on. Or the context was
+                // stopped or changed: then the next turn finds out which.
+                return Turn::Worked;
+            };
+            let memory = access.memory();
+            // If it was the shadow page that failed, only the kernel is told.
+            let _ = memory
+                .store_u64(word!(space, error_addr), failure.addr, Ordering::Relaxed)
+                .and_then(|()| {
+                    let code = failure.error as u32;
+                    memory.store_u32(word!(space, error), code, Ordering::Release)
+                });
+            drop(access);
+            work.failure = Some(Failure {
+                told: true,
+                ..failure
+            });
         }
         work.operation = None;
         work.misses.clear();
         lock(&context.waiting).clear();
-        self.report_failure(context, work);
-        Turn::Parked
+        self.report_failure(lane, context, work)
     }
 
     /// Puts the record of a failure into the ring, once.
-    pub(super) fn report_failure(&self, context: &Context, work: &mut Work) {
+    pub(super) fn report_failure(
+        &self,
+        lane: &mut Lane<'_>,
+        context: &Context,
+        work: &mut Work,
+    ) -> Turn {
+        let epoch = work.epoch;
         let Some(failure) = work.failure.as_mut().filter(|f| !f.sent) else {
-            return;
+            return Turn::Parked;
         };
         let record = PageRequest {
             kind: RequestKind::ContextError as u32,
@@ -284,7 +314,7 @@ impl Device {
             code: failure.error as u32,
             ..Default::default()
         };
-        match self.post(context.id, &record) {
+        match self.post(lane, context, epoch, &record) {
             Posted::Sent => {
                 failure.sent = true;
                 self.ports.trace.event(Event::ContextError {
@@ -292,9 +322,11 @@ impl Device {
                     error: failure.error,
                     addr: failure.addr,
                 });
+                Turn::Parked
             }
             // The ring remembers the context.
-            Posted::Full | Posted::Stopped => {}
+            Posted::Full => Turn::Parked,
+            Posted::Stopped => Turn::Worked,
         }
     }
 }

@@ -36,8 +36,12 @@ pub enum Access {
     Read(Gpa),
     Write(Gpa),
     Copy(Gpa, Gpa),
+    /// Before a word or a double word is loaded.
+    Load(Gpa),
     /// After a double word was loaded.
     Loaded(Gpa),
+    /// Before a word is stored, swapped or added to.
+    Store(Gpa),
 }
 
 type Hook = Box<dyn FnMut(Access) -> bool + Send>;
@@ -56,6 +60,10 @@ impl Hooked {
 
     fn meet(&self, access: Access) {
         self.accesses.fetch_add(1, Ordering::SeqCst);
+        self.look(access);
+    }
+
+    fn look(&self, access: Access) {
         // Out of its place while it runs: it may use the device, and so get here again.
         let hook = self.hook.lock().unwrap().take();
         if let Some(mut hook) = hook
@@ -84,28 +92,29 @@ impl Dma for Hooked {
         self.ram.copy(from, to, len)
     }
     fn load_u32(&self, at: Gpa, order: Ordering) -> Result<u32, BusError> {
-        self.accesses.fetch_add(1, Ordering::SeqCst);
+        self.meet(Access::Load(at));
         self.ram.load_u32(at, order)
     }
     fn store_u32(&self, at: Gpa, value: u32, order: Ordering) -> Result<(), BusError> {
-        self.accesses.fetch_add(1, Ordering::SeqCst);
+        self.meet(Access::Store(at));
         self.ram.store_u32(at, value, order)
     }
     fn load_u64(&self, at: Gpa, order: Ordering) -> Result<u64, BusError> {
+        self.meet(Access::Load(at));
         let value = self.ram.load_u64(at, order);
-        self.meet(Access::Loaded(at));
+        self.look(Access::Loaded(at));
         value
     }
     fn store_u64(&self, at: Gpa, value: u64, order: Ordering) -> Result<(), BusError> {
-        self.accesses.fetch_add(1, Ordering::SeqCst);
+        self.meet(Access::Store(at));
         self.ram.store_u64(at, value, order)
     }
     fn compare_exchange_u64(&self, at: Gpa, current: u64, new: u64) -> Result<u64, BusError> {
-        self.accesses.fetch_add(1, Ordering::SeqCst);
+        self.meet(Access::Store(at));
         self.ram.compare_exchange_u64(at, current, new)
     }
     fn fetch_add_u64(&self, at: Gpa, value: u64) -> Result<u64, BusError> {
-        self.accesses.fetch_add(1, Ordering::SeqCst);
+        self.meet(Access::Store(at));
         self.ram.fetch_add_u64(at, value)
     }
 }
@@ -539,6 +548,14 @@ impl Process {
         self.ram.write(at, &descriptor.to_bytes()).unwrap();
         self.set_tail(n as u32 + 1);
         n
+    }
+
+    /// Its queue is empty, and its records and its shadow page are zero: for a new life.
+    pub fn restart(&self) {
+        self.tail.store(0, Ordering::SeqCst);
+        for page in [self.shadow, self.records_page] {
+            self.ram.write(page, &[0; 4096]).unwrap();
+        }
     }
 
     pub fn set_tail(&self, tail: u32) {
