@@ -37,6 +37,7 @@
 //! [`runner::Runner::start`].
 
 pub mod bus;
+mod calls;
 pub mod config;
 mod context;
 mod counters;
@@ -47,6 +48,7 @@ mod messages;
 pub mod oracle;
 pub mod pci;
 pub mod ports;
+pub mod record;
 mod registers;
 mod request;
 pub mod runner;
@@ -60,6 +62,7 @@ mod tlb_tests; // apart, as tests/loom.rs includes tlb.rs
 mod walk;
 mod words;
 
+pub use calls::Core;
 pub use config::{Config, ConfigError};
 pub use counters::Totals;
 pub use device::{Device, Step};

@@ -115,7 +115,7 @@ fn interrupts_wait_for_the_bus_master() {
 
 #[test]
 fn stops_wait_for_the_access_under_way() {
-    type Stop = fn(&extlb_device::Device);
+    type Stop = fn(&dyn Core);
     let stops: [Stop; 3] = [|d| d.reset(), |d| d.set_bus_master(false), |d| d.quiesce()];
     for stop in stops {
         let guest = Guest::new();
@@ -139,7 +139,7 @@ fn stops_wait_for_the_access_under_way() {
         std::thread::scope(|scope| {
             scope.spawn(|| guest.device.engine_step());
             at_copy.recv().unwrap();
-            let stopped = scope.spawn(move || stop(&device));
+            let stopped = scope.spawn(move || stop(&*device));
             // It cannot have ended: the copy has not. (If it wrongly did, this would be seen
             // at some run, not at each; that it must not is what the drain tests show.)
             for _ in 0..100 {

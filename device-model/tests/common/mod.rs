@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+pub use extlb_device::Core;
 use extlb_device::ports::{BusError, Clock, Dma, Event, Ignore, Interrupts, Ports, Trace};
 use extlb_device::{Config, Device, GuestRam, Step};
 use extlb_spec::context::{ContextEntry, ContextShadow, flags as context_flags};
@@ -175,7 +176,7 @@ pub struct Guest {
     pub vectors: Arc<Vectors>,
     pub clock: Arc<HandClock>,
     pub events: Arc<Events>,
-    pub device: Arc<Device>,
+    pub device: Arc<dyn Core>,
     pub pages: Arc<Pages>,
     iq_tail: AtomicU64,
     prq_head: AtomicU64,
@@ -206,6 +207,11 @@ impl Guest {
     }
 
     pub fn disabled(config: Config) -> Self {
+        Self::around(|ports| Arc::new(Device::new(config, ports).unwrap()))
+    }
+
+    /// A guest of the device that is made with these ports.
+    pub fn around(make: impl FnOnce(Ports) -> Arc<dyn Core>) -> Self {
         let ram = GuestRam::anonymous(&[(Gpa(0), RAM)]).unwrap();
         let memory = Arc::new(Hooked {
             ram: ram.clone(),
@@ -230,7 +236,7 @@ impl Guest {
             vectors,
             clock,
             events,
-            device: Arc::new(Device::new(config, ports).unwrap()),
+            device: make(ports),
             pages: Arc::new(Pages(AtomicU64::new(0x10_0000))),
             iq_tail: AtomicU64::new(0),
             prq_head: AtomicU64::new(0),
@@ -284,6 +290,12 @@ impl Guest {
     pub fn set_kernel_word(&self, offset: usize, value: u32) {
         let at = Gpa(SHADOW.0 + offset as u64);
         self.ram.store_u32(at, value, Ordering::SeqCst).unwrap();
+    }
+
+    /// Commands posted and not done.
+    pub fn commands_ahead(&self) -> u32 {
+        let tail = self.iq_tail.load(Ordering::SeqCst) as u32;
+        tail.wrapping_sub(self.kernel_word(offset_of!(KernelShadow, iq_head)))
     }
 
     /// Posts a command, without kicking.
@@ -433,7 +445,8 @@ pub struct Process {
 pub const RING_LOG2: u32 = 4;
 
 impl Process {
-    fn new(guest: &Guest, context: u32) -> Self {
+    /// Its memory; the context table does not know it yet.
+    pub fn new(guest: &Guest, context: u32) -> Self {
         let take = || guest.pages.take();
         let process = Self {
             context,
@@ -570,6 +583,12 @@ impl Process {
 
     pub fn error(&self) -> u32 {
         self.word(offset_of!(ContextShadow, error))
+    }
+
+    /// Submissions that are not retired.
+    pub fn ahead(&self) -> u32 {
+        let tail = self.tail.load(Ordering::SeqCst) as u32;
+        tail.wrapping_sub(self.word(offset_of!(ContextShadow, head)))
     }
 
     /// Rings the doorbell.
