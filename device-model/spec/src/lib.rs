@@ -17,6 +17,8 @@ pub mod addr;
 pub mod c_header;
 pub mod context;
 pub mod example;
+#[cfg(feature = "serde")]
+mod hex;
 pub mod histogram;
 pub mod invalidation;
 pub mod page_request;

@@ -161,6 +161,20 @@ macro_rules! layout {
             }
         }
 
+        #[cfg(feature = "serde")]
+        impl serde::Serialize for $name {
+            fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+                $crate::hex::serialize(&self.to_bytes(), to)
+            }
+        }
+
+        #[cfg(feature = "serde")]
+        impl<'de> serde::Deserialize<'de> for $name {
+            fn deserialize<D: serde::Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+                Ok(Self::from_bytes(&$crate::hex::deserialize(from)?))
+            }
+        }
+
         const _: () = {
             // No holes: the Rust structure has the offsets of the table.
             assert!(core::mem::size_of::<$name>() == $size);
@@ -180,6 +194,7 @@ macro_rules! enumeration {
         $(#[doc = $doc])*
         #[repr($ty)]
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
         pub enum $name { $( $(#[doc = $vdoc])* $value = $number ),* }
 
         impl $name {
