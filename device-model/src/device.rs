@@ -169,9 +169,8 @@ impl Device {
         match (was, enable) {
             (false, true) => self.enable(&file),
             (true, false) => {
-                if self.disable() & gate::ENABLED != 0 {
-                    self.ports.trace.event(Event::Stopped(Stop::Disabled));
-                }
+                let was = self.disable();
+                self.tell_stop(was & gate::ENABLED != 0, Stop::Disabled);
             }
             _ => {}
         }
@@ -298,8 +297,13 @@ impl Device {
         *lock(&self.fatal) = None;
         self.messages.reset();
         self.gate.fetch_and(!gate::FATAL, Ordering::SeqCst);
-        if was & (gate::ENABLED | gate::FATAL) != 0 {
-            self.ports.trace.event(Event::Stopped(Stop::Reset));
+        self.tell_stop(was & (gate::ENABLED | gate::FATAL) != 0, Stop::Reset);
+    }
+
+    /// For the log, if there was something to stop.
+    fn tell_stop(&self, ran: bool, stop: Stop) {
+        if ran {
+            self.ports.trace.event(Event::Stopped(stop));
         }
     }
 
@@ -320,9 +324,7 @@ impl Device {
             let was = self.gate.fetch_and(!gate::BUS_MASTER, Ordering::SeqCst);
             self.quiesce();
             self.messages.allow(false);
-            if was == gate::RUN {
-                self.ports.trace.event(Event::Stopped(Stop::BusMasterOff));
-            }
+            self.tell_stop(was == gate::RUN, Stop::BusMasterOff);
         }
     }
 

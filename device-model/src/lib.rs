@@ -61,6 +61,8 @@ mod tlb;
 mod tlb_tests; // apart, as tests/loom.rs includes tlb.rs
 mod walk;
 mod words;
+#[cfg(test)]
+mod wrap_tests;
 
 pub use calls::Core;
 pub use config::{Config, ConfigError};

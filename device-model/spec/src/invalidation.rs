@@ -1,7 +1,35 @@
 //! The invalidation queue: commands from the kernel to the device.
 //!
 //! Commands run in order. None waits for a page request or for an operation as a whole, so the
-//! queue always makes progress and a shootdown may wait for it with any lock held.
+//! queue always makes progress and a shootdown may wait for it with any lock held. As many
+//! commands and waits as the queue has entries may be outstanding.
+//!
+//! # Acknowledgements
+//! A wait command says that the commands before it are done, on the level that its flags ask for:
+//!
+//! | Level | Promises | Does not promise |
+//! |---|---|---|
+//! | posted (no flag) | the commands before were read, their entries may be used again | that anything was removed; this device carries commands out in order, so that it was |
+//! | cleared | no access that begins now uses a translation that they name | that those which began before have ended |
+//! | drained | in addition, all accesses that began before have ended, and their data is in RAM | anything about operations: those go on, with new translations |
+//!
+//! Only after "drained" may a page be given to somebody else. What is behind a wait in the queue
+//! is done after it. With both, the memory write comes before the interrupt.
+//!
+//! # Time
+//! A drain waits for accesses, not for operations: an access is a bounded number of chunks,
+//! whatever the length of the operation, waits for nothing but memory, and ends before a page
+//! request is sent. New accesses that begin during a drain do not make it longer.
+//!
+//! # When no acknowledgement comes
+//! The device never says so by itself; the kernel measures the time, generously (the device may
+//! have to wait for a processor of its host). Then fence it: clear bus mastering, or reset the
+//! function, and read back from the configuration space. The write takes effect when it is
+//! answered: from then on the device accesses nothing and raises no interrupt, so that pages may
+//! be used again, whatever was not acknowledged. If an access hangs in memory, the answer comes
+//! when the access has ended, or the host has given it up, and not before. After bus mastering
+//! is set again all goes on where it was, and outstanding acknowledgements come; after a reset
+//! none comes.
 
 use crate::table::{bits, enumeration, layout};
 

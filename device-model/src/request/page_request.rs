@@ -35,7 +35,7 @@ pub(crate) struct RequestRing {
     pub(crate) entries: u32,
     pub(crate) shadow: Gpa,
     /// Index after the last record written.
-    tail: u32,
+    pub(crate) tail: u32,
     /// `prq_need_kick` says that we wait for room.
     armed: bool,
     /// Contexts that have a record to send and found no room.

@@ -29,7 +29,7 @@ pub(crate) struct CommandQueue {
     pub(super) context_table: Gpa,
     contexts: u32,
     /// Index after the last command done.
-    head: u32,
+    pub(crate) head: u32,
     /// `iq_need_kick` says that nobody polls.
     armed: bool,
     /// The wait command at the head, while it drains.

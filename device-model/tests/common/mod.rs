@@ -120,18 +120,32 @@ impl Dma for Hooked {
     }
 }
 
+/// Counts interrupts, and lets a test look at the moment of each.
 #[derive(Default)]
-pub struct Vectors(Mutex<HashMap<u32, u64>>);
+pub struct Vectors(Mutex<HashMap<u32, u64>>, Mutex<Option<Look>>);
+
+type Look = Box<dyn FnMut(Vector) + Send>;
 
 impl Vectors {
     pub fn count(&self, vector: Vector) -> u64 {
         *self.0.lock().unwrap().get(&(vector as u32)).unwrap_or(&0)
+    }
+
+    pub fn total(&self) -> u64 {
+        self.0.lock().unwrap().values().sum()
+    }
+
+    pub fn look(&self, look: impl FnMut(Vector) + Send + 'static) {
+        *self.1.lock().unwrap() = Some(Box::new(look));
     }
 }
 
 impl Interrupts for Vectors {
     fn raise(&self, vector: Vector) {
         *self.0.lock().unwrap().entry(vector as u32).or_default() += 1;
+        if let Some(look) = &mut *self.1.lock().unwrap() {
+            look(vector);
+        }
     }
 }
 
@@ -178,6 +192,8 @@ pub struct Guest {
     pub events: Arc<Events>,
     pub device: Arc<dyn Core>,
     pub pages: Arc<Pages>,
+    /// Where the invalidation queue is, and log2 of its length.
+    pub iq: (Gpa, u32),
     iq_tail: AtomicU64,
     prq_head: AtomicU64,
     acks: AtomicU64,
@@ -238,6 +254,7 @@ impl Guest {
             events,
             device: make(ports),
             pages: Arc::new(Pages(AtomicU64::new(0x10_0000))),
+            iq: (IQ, IQ_LOG2),
             iq_tail: AtomicU64::new(0),
             prq_head: AtomicU64::new(0),
             acks: AtomicU64::new(0),
@@ -250,8 +267,8 @@ impl Guest {
         self.prq_head.store(0, Ordering::SeqCst);
         self.set(regs::CTX_TABLE, CTX_TABLE.0);
         self.set(regs::CTX_COUNT, 64);
-        self.set(regs::IQ_BASE, IQ.0);
-        self.set(regs::IQ_LOG2, IQ_LOG2.into());
+        self.set(regs::IQ_BASE, self.iq.0.0);
+        self.set(regs::IQ_LOG2, self.iq.1.into());
         self.set(regs::PRQ_BASE, PRQ.0);
         self.set(regs::PRQ_LOG2, PRQ_LOG2.into());
         self.set(regs::SHADOW, SHADOW.0);
@@ -301,8 +318,8 @@ impl Guest {
     /// Posts a command, without kicking.
     pub fn post(&self, command: Command) {
         let index = self.iq_tail.fetch_add(1, Ordering::SeqCst);
-        let slot = index & ((1 << IQ_LOG2) - 1);
-        let at = Gpa(IQ.0 + slot * Command::SIZE as u64);
+        let slot = index & ((1 << self.iq.1) - 1);
+        let at = Gpa(self.iq.0.0 + slot * Command::SIZE as u64);
         self.ram.write(at, &command.to_bytes()).unwrap();
         self.set_kernel_word(offset_of!(KernelShadow, iq_tail), index as u32 + 1);
     }
