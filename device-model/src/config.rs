@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::fault::{Kind, PlanError, Rule};
+
 /// Configuration of a device; every field has a default.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -16,10 +18,14 @@ pub struct Config {
     /// takes about 2 µs while the device polls, and 30 µs when it has to be kicked (TCG, two
     /// cores); the default bridges the time in which a page is read from swap.
     pub poll_us: u64,
+    /// Seed of the fault plan.
+    pub fault_seed: u64,
     /// The oracle.
     pub oracle: OracleConfig,
     /// Switches that break the device; all off.
     pub debug: DebugConfig,
+    /// What goes wrong on purpose; nothing. See [`crate::fault`].
+    pub fault: Vec<Rule>,
 }
 
 /// Configuration of the TLB.
@@ -101,6 +107,8 @@ impl Default for Config {
             poll_us: 2000,
             oracle: OracleConfig::default(),
             debug: DebugConfig::default(),
+            fault_seed: 1,
+            fault: Vec::new(),
         }
     }
 }
@@ -140,6 +148,12 @@ pub enum ConfigError {
         /// What it may be.
         range: &'static str,
     },
+    /// A fault of the plan makes no sense.
+    #[error(transparent)]
+    Fault(#[from] PlanError),
+    /// The thread that a fault plan needs cannot be started.
+    #[error("cannot start the thread of the fault plan")]
+    Thread(#[source] std::io::Error),
     /// The text is no configuration.
     #[error("cannot read the device configuration")]
     Syntax(#[from] toml::de::Error),
@@ -151,6 +165,25 @@ impl Config {
         let config: Self = toml::from_str(text)?;
         config.check()?;
         Ok(config)
+    }
+
+    /// What is broken on purpose, one sentence each; empty if nothing is.
+    pub fn warnings(&self) -> Vec<String> {
+        let mut warnings = self.debug.warnings();
+        warnings.extend(self.fault.iter().map(Rule::warning));
+        warnings
+    }
+
+    /// The plan, with the old way to say that memory is slow.
+    pub(crate) fn fault_rules(&self) -> Vec<Rule> {
+        let mut rules = self.fault.clone();
+        if self.debug.bus_delay_us > 0 {
+            rules.push(Rule {
+                delay_us: Some(self.debug.bus_delay_us),
+                ..Rule::new(Kind::SlowMemory)
+            });
+        }
+        rules
     }
 
     /// Checks every value against its range.
@@ -202,6 +235,9 @@ impl Config {
             (1..=1 << 20).contains(&log),
             "1 to 1048576",
         )?;
+        for rule in &self.fault {
+            rule.check()?;
+        }
         // An operation of two accesses must end before a client gives up on an answer (5 s).
         let delay = self.debug.bus_delay_us;
         check(

@@ -1,13 +1,12 @@
 //! The device as a whole: its gates, its registers, its steps.
 
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use extlb_spec::regs::{self, FatalError, ctrl, status};
 use extlb_spec::{BAR_DOORBELLS, BAR_REGS, DOORBELL_STRIDE, Gpa, MAX_CONTEXTS, Vector};
 
-use crate::bus::SlowBus;
 use crate::config::{Config, ConfigError};
 use crate::context::{Context, Entry};
 use crate::counters::{Counters, Totals};
@@ -65,12 +64,10 @@ pub struct Device {
 
 impl Device {
     /// A device as after power-on: bus master off.
-    pub fn new(config: Config, mut ports: Ports) -> Result<Self, ConfigError> {
+    ///
+    /// A fault plan in the configuration is not its business: see [`crate::fault::Interposed`].
+    pub fn new(config: Config, ports: Ports) -> Result<Self, ConfigError> {
         config.check()?;
-        if config.debug.bus_delay_us > 0 {
-            let delay = Duration::from_micros(config.debug.bus_delay_us);
-            ports.memory = Arc::new(SlowBus::new(ports.memory, delay));
-        }
         Ok(Self {
             messages: Messages::new(ports.interrupts.clone()),
             ports,

@@ -36,12 +36,12 @@
 //! With threads: make a [`runner::Bell`], pass it as [`ports::Ports::wake`], and hand both to
 //! [`runner::Runner::start`].
 
-pub mod bus;
 mod calls;
 pub mod config;
 mod context;
 mod counters;
 mod device;
+pub mod fault;
 mod guard;
 mod memory;
 mod messages;

@@ -10,6 +10,7 @@ use extlb_spec::context::ContextError;
 use extlb_spec::regs::FatalError;
 use extlb_spec::{Gpa, Iova, Vector};
 
+use crate::fault::Injection;
 use crate::oracle::StaleAccess;
 
 /// An access that no RAM answered, or that was not aligned to its size.
@@ -90,6 +91,8 @@ pub enum Event {
         /// The access.
         error: BusError,
     },
+    /// The device did wrong, as planned.
+    Injected(Injection),
     /// The device stopped on an error.
     Fatal {
         /// Why.

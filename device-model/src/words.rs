@@ -53,6 +53,9 @@ impl Display for Event {
                      configure, enable and start the contexts again."
                 )
             }
+            Event::Injected(fault) => {
+                write!(f, "Fault {}, as planned: {}.", fault.kind.name(), fault.to)
+            }
             Event::Stopped(stop) => f.write_str(stopped(*stop)),
             Event::SlowStop { waited } => write!(
                 f,

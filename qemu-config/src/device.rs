@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use extlb_device::Config;
+use extlb_device::fault::{self, Rule};
 use extlb_device::server::{Options, Server};
 
 use crate::profile::Mebibytes;
@@ -13,6 +14,7 @@ use crate::qemu::command::device_arguments;
 
 /// Options of the server.
 #[derive(Debug, clap::Args)]
+#[command(after_long_help = fault::help())]
 pub struct Arguments {
     /// Listen on this UNIX socket
     #[arg(long, value_name = "PATH", default_value = "extlb.sock")]
@@ -23,6 +25,14 @@ pub struct Arguments {
     /// Read the device's configuration (TOML)
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    /// Break the device on purpose: KIND[,NAME=VALUE]..., for instance skip-ack,after=10,times=1
+    ///
+    /// May be repeated; adds to the configuration ([[fault]], fault_seed).
+    #[arg(long, value_name = "RULE")]
+    fault: Vec<Rule>,
+    /// Seed of the faults
+    #[arg(long, value_name = "NUMBER")]
+    fault_seed: Option<u64>,
     /// End when the first client goes
     #[arg(long)]
     once: bool,
@@ -33,10 +43,12 @@ pub struct Arguments {
 
 /// Serves until the client goes (with `--once`) or a signal ends it.
 pub fn serve(arguments: &Arguments) -> Result<i32> {
-    let config = match &arguments.config {
+    let mut config = match &arguments.config {
         Some(path) => read_config(path)?,
         None => Config::default(),
     };
+    config.fault.extend(arguments.fault.iter().cloned());
+    config.fault_seed = arguments.fault_seed.unwrap_or(config.fault_seed);
     let server = Server::bind(Options {
         socket: arguments.socket.clone(),
         report: arguments.report.clone(),

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use extlb_device::Config;
+use extlb_device::fault::{self, Rule};
 use extlb_device::server::{Options, Server, announce, qemu_args};
 
 /// Serves an extlb device over vfio-user.
@@ -16,7 +17,7 @@ use extlb_device::server::{Options, Server, announce, qemu_args};
 ///     -numa node,memdev=m -m 1G
 ///     -device '{"driver":"vfio-user-pci","socket":{"type":"unix","path":"PATH"}}'
 #[derive(Parser, Debug)]
-#[command(version, verbatim_doc_comment)]
+#[command(version, verbatim_doc_comment, after_long_help = fault::help())]
 struct Arguments {
     /// Where to make the UNIX socket.
     #[arg(long, value_name = "PATH")]
@@ -26,9 +27,16 @@ struct Arguments {
     report: Option<PathBuf>,
     /// Configuration of the device, in TOML: tlb.sets, tlb.ways, tlb.policy, tlb.seed, engines,
     /// quantum, poll_us, oracle.enabled, oracle.bound_ms; and debug.skip_drain, debug.bus_delay_us,
-    /// which break the device on purpose, for tests.
+    /// fault_seed and [[fault]], which break the device on purpose, for tests.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    /// Break the device on purpose: KIND[,NAME=VALUE]..., for instance skip-ack,after=10,times=1.
+    /// May be repeated; adds to the configuration. --help lists the kinds.
+    #[arg(long, value_name = "RULE")]
+    fault: Vec<Rule>,
+    /// Seed of the faults.
+    #[arg(long, value_name = "NUMBER")]
+    fault_seed: Option<u64>,
     /// End when the first client has left.
     #[arg(long)]
     once: bool,
@@ -59,7 +67,7 @@ fn run(arguments: Arguments) -> Result<(), Box<dyn std::error::Error>> {
         println!("{}", qemu_args(&arguments.socket_path).join(" "));
         return Ok(());
     }
-    let config = match &arguments.config {
+    let mut config = match &arguments.config {
         None => Config::default(),
         Some(path) => {
             let text = std::fs::read_to_string(path)
@@ -67,6 +75,8 @@ fn run(arguments: Arguments) -> Result<(), Box<dyn std::error::Error>> {
             Config::from_toml(&text)?
         }
     };
+    config.fault.extend(arguments.fault);
+    config.fault_seed = arguments.fault_seed.unwrap_or(config.fault_seed);
     let server = Server::bind(Options {
         socket: arguments.socket_path.clone(),
         report: arguments.report,

@@ -98,7 +98,7 @@ impl Server {
                 Report::new(Box::new(file))
             }
         };
-        for warning in options.config.debug.warnings() {
+        for warning in options.config.warnings() {
             eprintln!("extlb-device: warning: the device is broken on purpose: {warning}");
         }
         remove_stale(&options.socket)?;

@@ -18,6 +18,8 @@ const MAX_LINES: u64 = 1000;
 /// Of these, lines of bus errors: a program can make any number of them, and must not crowd out
 /// what the report is for. The same goes for stops.
 const MAX_BUS_LINES: u64 = 100;
+/// Of these, lines of injected faults, likewise.
+const MAX_FAULT_LINES: u64 = 400;
 /// Sentences on standard error that may come in a row, and how long until one more may.
 const BURST: u32 = 20;
 const PACE: Duration = Duration::from_secs(1);
@@ -62,6 +64,7 @@ struct Inner {
     out: Box<dyn Write + Send>,
     lines: u64,
     bus_lines: u64,
+    faults: u64,
     left_out: u64,
     pace: Pace,
 }
@@ -75,6 +78,7 @@ impl Report {
             out,
             lines: 0,
             bus_lines: 0,
+            faults: 0,
             left_out: 0,
             pace: Pace::new(Instant::now()),
         }))
@@ -86,11 +90,13 @@ impl Report {
         let mut line = serde_json::to_value(totals).unwrap_or_default();
         if let Value::Object(fields) = &mut line {
             fields.insert("event".into(), "summary".into());
+            fields.insert("faults_injected".into(), inner.faults.into());
             fields.insert("events_left_out".into(), inner.left_out.into());
         }
         inner.write(&line);
         inner.lines = 0;
         inner.bus_lines = 0;
+        inner.faults = 0;
         inner.left_out = 0;
     }
 }
@@ -109,7 +115,11 @@ impl Trace for Report {
             say(&event, silent);
         }
         let bus = u64::from(matches!(event, Event::BusError { .. } | Event::Stopped(_)));
-        if inner.lines >= MAX_LINES || inner.bus_lines + bus > MAX_BUS_LINES {
+        let fault = u64::from(matches!(event, Event::Injected(_)));
+        inner.faults += fault;
+        let crowds =
+            inner.bus_lines + bus > MAX_BUS_LINES || fault > 0 && inner.faults > MAX_FAULT_LINES;
+        if inner.lines >= MAX_LINES || crowds {
             inner.left_out += 1;
             return;
         }
@@ -160,6 +170,13 @@ fn fields(event: &Event) -> Value {
             "iova": hex(iova.0),
             "gpa": hex(error.addr.0),
             "len": error.len,
+        }),
+        Event::Injected(fault) => json!({
+            "event": "fault",
+            "kind": fault.kind.name(),
+            "number": fault.number,
+            "at_us": fault.at.as_micros() as u64,
+            "to": fault.to,
         }),
         Event::Fatal { error, info } => json!({
             "event": "fatal",

@@ -11,15 +11,16 @@ use super::irqs::Irqs;
 use super::memory_map::MemoryMap;
 use super::report::Report;
 use super::transport::{Endpoint, IrqRequest, Region};
+use crate::fault::Interposed;
 use crate::memory::{Removed, Rights};
 use crate::pci::ConfigSpace;
 use crate::ports::{Ports, SystemClock};
 use crate::runner::{Bell, Runner};
-use crate::{Config, Device, GuestRam, Totals};
+use crate::{Config, GuestRam, Totals};
 
 /// A device, its threads, and what the client has given it.
 pub(super) struct Session {
-    device: Arc<Device>,
+    device: Interposed,
     /// Ends the threads when it goes.
     _runner: Runner,
     pci: ConfigSpace,
@@ -39,8 +40,8 @@ impl Session {
             trace: report,
             wake: bell.clone(),
         };
-        let device = Arc::new(Device::new(config, ports)?);
-        let runner = Runner::start(&device, &bell).map_err(Error::Threads)?;
+        let device = Interposed::new(config, ports)?;
+        let runner = Runner::start(device.device(), &bell).map_err(Error::Threads)?;
         Ok(Self {
             device,
             _runner: runner,

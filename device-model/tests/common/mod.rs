@@ -10,8 +10,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 pub use extlb_device::Core;
+use extlb_device::fault::{Injection, Interposed};
 use extlb_device::ports::{BusError, Clock, Dma, Event, Ignore, Interrupts, Ports, Trace};
-use extlb_device::{Config, Device, GuestRam, Step};
+use extlb_device::{Config, GuestRam, Step};
 use extlb_spec::context::{ContextEntry, ContextShadow, flags as context_flags};
 use extlb_spec::invalidation::{Command, CommandKind, InvalidationScope, KernelShadow, wait};
 use extlb_spec::page_request::{PageRequest, RequestKind, Response};
@@ -211,6 +212,30 @@ pub fn config() -> Config {
 }
 
 impl Guest {
+    /// With a plan of faults, as on a command line.
+    pub fn faulty(plan: &[&str]) -> Self {
+        let rules = plan.iter().map(|rule| rule.parse().unwrap());
+        let mut config = config();
+        config.fault = rules.collect();
+        Self::with(config)
+    }
+
+    /// The faults that were injected so far.
+    pub fn injections(&self) -> Vec<Injection> {
+        let events = self.events.0.lock().unwrap();
+        let injected = events.iter().filter_map(|event| match event {
+            Event::Injected(injection) => Some(injection.clone()),
+            _ => None,
+        });
+        injected.collect()
+    }
+
+    /// Their names, and what they were done to.
+    pub fn injected(&self) -> Vec<(&'static str, String)> {
+        let injections = self.injections().into_iter();
+        injections.map(|i| (i.kind.name(), i.to)).collect()
+    }
+
     pub fn new() -> Self {
         Self::with(config())
     }
@@ -223,7 +248,7 @@ impl Guest {
     }
 
     pub fn disabled(config: Config) -> Self {
-        Self::around(|ports| Arc::new(Device::new(config, ports).unwrap()))
+        Self::around(|ports| Arc::new(Interposed::new(config, ports).unwrap()))
     }
 
     /// A guest of the device that is made with these ports.

@@ -9,9 +9,10 @@ use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use extlb_device::Config;
+use extlb_device::fault::Interposed;
 use extlb_device::ports::{Ignore, Interrupts, Ports, SystemClock};
 use extlb_device::runner::{Bell, Runner};
-use extlb_device::{Config, Device};
 use extlb_spec::pte::leaf_size;
 use extlb_spec::{Gpa, Iova, PAGE_SIZE, VECTORS, Vector};
 use nix::errno::Errno;
@@ -37,7 +38,7 @@ const BUS: [Range<Gpa>; 2] = [
 pub struct LocalDevice {
     /// Ends the device's threads when dropped, before anything else goes.
     _runner: Runner,
-    device: Arc<Device>,
+    device: Interposed,
     bus: Arc<Bus>,
     interrupts: Arc<Events>,
     pieces: Arc<Mutex<Pieces>>,
@@ -96,10 +97,9 @@ impl LocalDevice {
             trace: Arc::new(Ignore),
             wake: bell.clone(),
         };
-        let device = Device::new(config, wrap(ports))
+        let device = Interposed::new(config, wrap(ports))
             .map_err(|_| Error::Argument("a device configuration that is out of range"))?;
-        let device = Arc::new(device);
-        let runner = Runner::start(&device, &bell)
+        let runner = Runner::start(device.device(), &bell)
             .map_err(|_| Error::Argument("no thread left for the device"))?;
         Ok(Self {
             _runner: runner,

@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
+use extlb_device::Config;
+use extlb_device::fault::Interposed;
 use extlb_device::ports::{Dma, Ignore, Interrupts, Ports, SystemClock};
 use extlb_device::runner::{Bell, Runner};
-use extlb_device::{Config, Device};
 use extlb_spec::regs::{self, Register};
 use extlb_spec::{BAR_DOORBELLS, BAR_REGS, DOORBELL_STRIDE};
 
@@ -14,7 +15,7 @@ use crate::protocol::Layout;
 /// A device that runs.
 #[derive(Debug)]
 pub(super) struct Hardware {
-    device: Arc<Device>,
+    device: Interposed,
     /// Ends the threads when dropped.
     _runner: Runner,
 }
@@ -34,10 +35,9 @@ impl Hardware {
             trace: Arc::new(Ignore),
             wake: bell.clone(),
         };
-        let device = Device::new(config, ports)
+        let device = Interposed::new(config, ports)
             .map_err(|_| Error::Argument("a device configuration that is out of range"))?;
-        let device = Arc::new(device);
-        let runner = Runner::start(&device, &bell)
+        let runner = Runner::start(device.device(), &bell)
             .map_err(|_| Error::Argument("no thread left for the device"))?;
         let hardware = Self {
             device,
