@@ -10,13 +10,13 @@ use std::time::Duration;
 
 use extlb_spec::addr::GPA_BITS;
 use extlb_spec::context::{
-    ContextEntry, ContextError, MAX_WORK_RING_LOG2, MIN_WORK_RING_LOG2, flags,
+    ContextEntry, ContextError, MAX_WEIGHT, MAX_WORK_RING_LOG2, MIN_WORK_RING_LOG2, flags,
 };
 use extlb_spec::page_request::Response;
 use extlb_spec::work::Descriptor;
 use extlb_spec::{Gpa, Iova, PAGE_SIZE};
 
-use crate::request::Operation;
+use crate::request::{Ahead, Batch, Operation};
 use crate::sync::lock;
 
 /// A well-formed context table entry.
@@ -28,6 +28,8 @@ pub(crate) struct Space {
     pub(crate) entries: u32,
     pub(crate) credits: u32,
     pub(crate) shadow: Gpa,
+    /// Share of the engine's time, at least 1.
+    pub(crate) weight: u32,
     /// Root of the process's own page table, if the oracle watches.
     pub(crate) cpu_page_table: Option<Gpa>,
 }
@@ -47,6 +49,7 @@ impl Space {
             && log2.contains(&entry.ring_log2)
             && entry.ring.is_multiple_of(PAGE_SIZE)
             && Iova(entry.ring).range_is_valid((Descriptor::SIZE as u64) << entry.ring_log2)
+            && entry.weight <= MAX_WEIGHT
             && entry.credits > 0;
         if !good {
             return Err(ContextError::BadEntry);
@@ -58,6 +61,7 @@ impl Space {
             entries: 1 << entry.ring_log2,
             credits: entry.credits,
             shadow: Gpa(entry.shadow),
+            weight: entry.weight.max(1),
             cpu_page_table: oracle.then_some(Gpa(entry.cpu_page_table)),
         })
     }
@@ -127,11 +131,65 @@ pub(crate) struct Work {
     pub(crate) tail: u32,
     /// What `need_kick` in the shadow page says.
     pub(crate) parked: bool,
+    /// Completions so far that asked for an interrupt.
     pub(crate) event_seq: u32,
+    /// What the shadow page says of the two.
+    pub(crate) told: Told,
+    /// Descriptors after the one at `head` that were read already.
+    pub(crate) ahead: Ahead,
     pub(crate) operation: Option<Operation>,
+    /// The batch at `head`, of which `operation` is a part.
+    pub(crate) batch: Option<Batch>,
+    /// Operations since the last fence that did not succeed.
+    pub(crate) failed: u64,
     pub(crate) misses: Vec<Miss>,
     pub(crate) failure: Option<Failure>,
     pub(crate) last_work: Duration,
+    /// What the context may still do in this turn; below zero, what it has done too much.
+    pub(crate) allowance: i64,
+}
+
+/// What the shadow page says.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Told {
+    pub(crate) head: u32,
+    pub(crate) event_seq: u32,
+}
+
+impl Work {
+    fn new() -> Self {
+        Self {
+            epoch: 0,
+            start: 0,
+            space: None,
+            head: 0,
+            tail: 0,
+            parked: true,
+            event_seq: 0,
+            told: Told::default(),
+            ahead: Ahead::default(),
+            operation: None,
+            batch: None,
+            failed: 0,
+            misses: Vec::new(),
+            failure: None,
+            last_work: Duration::ZERO,
+            allowance: 0,
+        }
+    }
+
+    /// The operation begins to run the descriptors of its batch.
+    pub(crate) fn enter_batch(&mut self, own: Operation) {
+        self.ahead.clear();
+        self.operation = None;
+        self.batch = Some(Batch { own, failed: 0 });
+    }
+
+    /// The batch has ended: what is left is its own completion.
+    pub(crate) fn leave_batch(&mut self) {
+        self.ahead.clear();
+        self.operation = self.batch.take().map(|batch| batch.own);
+    }
 }
 
 /// A context.
@@ -169,19 +227,7 @@ impl Context {
                 entry: Entry::Stopped,
                 start: 0,
             }),
-            work: Mutex::new(Work {
-                epoch: 0,
-                start: 0,
-                space: None,
-                head: 0,
-                tail: 0,
-                parked: true,
-                event_seq: 0,
-                operation: None,
-                misses: Vec::new(),
-                failure: None,
-                last_work: Duration::ZERO,
-            }),
+            work: Mutex::new(Work::new()),
             waiting: Mutex::new(Vec::new()),
             next_group: Mutex::new(0),
         }
@@ -224,17 +270,15 @@ impl Context {
         }
         let control = lock(&self.control);
         // Under the lock: epoch and entry belong together.
-        work.epoch = self.epoch();
         if work.start != control.start {
-            work.start = control.start;
-            work.head = 0;
-            work.tail = 0;
-            work.parked = true;
-            work.event_seq = 0;
-            work.operation = None;
-            work.misses.clear();
-            work.failure = None;
+            *work = Work {
+                start: control.start,
+                last_work: work.last_work,
+                allowance: work.allowance,
+                ..Work::new()
+            };
         }
+        work.epoch = self.epoch();
         work.space = match control.entry {
             Entry::Valid(space) => Some(space),
             Entry::Stopped => None,
@@ -266,7 +310,7 @@ mod tests {
     #[test]
     fn every_senseless_field_makes_a_bad_entry() {
         assert!(Space::parse(1, &entry()).is_ok());
-        let spoil: [fn(&mut ContextEntry); 14] = [
+        let spoil: [fn(&mut ContextEntry); 15] = [
             |e| e.flags |= 1 << 2,
             |e| e.reserved0 = 1,
             |e| e.reserved1 = 1,
@@ -281,6 +325,7 @@ mod tests {
             |e| e.ring = (1 << 48) - 4096,
             |e| e.ring = u64::MAX - 4095,
             |e| e.credits = 0,
+            |e| e.weight = MAX_WEIGHT + 1,
         ];
         for (i, spoil) in spoil.iter().enumerate() {
             let mut bad = entry();

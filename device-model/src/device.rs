@@ -359,13 +359,14 @@ impl Device {
             return Step::Waiting;
         };
         let served = self.serve_invalidations();
+        let now = self.now();
         let Some(id) = self.schedule.pop() else {
-            return self.idle(served);
+            return self.idle(served, now);
         };
-        let turn = self.run_context(&mut lane, &self.contexts[id as usize]);
+        let turn = self.run_context(&mut lane, &self.contexts[id as usize], now);
         self.schedule.finish(id, turn != Turn::Parked);
         if turn == Turn::Worked || served {
-            self.note_work();
+            self.note_work(now);
         }
         match turn {
             Turn::Worked => Step::Busy,
@@ -375,13 +376,13 @@ impl Device {
     }
 
     /// No context has anything to do.
-    fn idle(&self, served: bool) -> Step {
+    fn idle(&self, served: bool, now: Duration) -> Step {
         if served {
-            self.note_work();
+            self.note_work(now);
             return Step::Busy;
         }
         let last = Duration::from_nanos(self.last_work.load(Ordering::Relaxed));
-        if self.now().saturating_sub(last) < self.poll_time() {
+        if now.saturating_sub(last) < self.poll_time() {
             return Step::Waiting;
         }
         match self.park_invalidations() {
@@ -390,8 +391,8 @@ impl Device {
         }
     }
 
-    fn note_work(&self) {
-        let now = u64::try_from(self.now().as_nanos()).unwrap_or(u64::MAX);
+    fn note_work(&self, now: Duration) {
+        let now = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
         self.last_work.store(now, Ordering::Relaxed);
     }
 }

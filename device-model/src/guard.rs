@@ -169,6 +169,12 @@ pub(crate) struct Guard<'a> {
 }
 
 impl Guard<'_> {
+    /// Whether a drain has begun since: it may wait for this guard. Only a hint, so that a guard
+    /// that could go on for a while ends early.
+    pub(crate) fn is_awaited(&self) -> bool {
+        self.guards.begun.load(Ordering::Relaxed) != self.begun
+    }
+
     /// Whether a drain that began after this guard was acknowledged already: never, unless the
     /// drain did not wait.
     pub(crate) fn is_outlived(&self) -> bool {

@@ -28,7 +28,7 @@ fn descriptors_that_make_no_sense_complete_with_the_reason() {
     let cases = [
         (
             Descriptor {
-                opcode: 5,
+                opcode: 9,
                 ..Default::default()
             },
             Status::BadDescriptor,
@@ -63,7 +63,7 @@ fn descriptors_that_make_no_sense_complete_with_the_reason() {
         ),
         (
             Descriptor {
-                reserved2: 1,
+                src_segments: 1,
                 ..Default::default()
             },
             Status::BadDescriptor,

@@ -175,7 +175,7 @@ fn a_refused_page_ends_the_operation_and_names_the_byte() {
     guest.run();
     let done = process.completion(n);
     assert_eq!(done.status, Status::PageFault as u32);
-    assert_eq!((done.fault_addr, done.fault_write), (DST + PAGE, 1));
+    assert_eq!((done.fault_addr, done.fault), (DST + PAGE, 1));
     assert_eq!(done.bytes, 4096 - 16, "all below is done");
     assert_eq!(process.status(after), Some(Status::Success), "others go on");
     assert_eq!(guest.get(regs::OPS_FAULTED), 1);

@@ -15,10 +15,9 @@ const DST: u64 = 0x5555_1000_0000;
 
 /// A guest whose device has done the first quantum of a long copy.
 fn busy() -> (Guest, Process, u64) {
-    let guest = Guest::with(extlb_device::Config {
-        quantum: 1,
-        ..config()
-    });
+    let mut config = config();
+    config.schedule.quantum = 4096;
+    let guest = Guest::with(config);
     let process = guest.process(1);
     process.map_fresh(Iova(SRC), 16);
     process.map_fresh(Iova(DST), 16);

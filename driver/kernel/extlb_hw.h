@@ -27,7 +27,7 @@
 
 #define EXTLB_ID_VALUE 0x424c5845
 
-#define EXTLB_VERSION_VALUE 0x10001
+#define EXTLB_VERSION_VALUE 0x10002
 
 #define EXTLB_RING_LOG2_MIN 4
 
@@ -329,8 +329,13 @@ struct extlb_context_entry {
 	 * levels); looked at if the oracle flag is set.
 	 */
 	__u64 cpu_page_table;
+	/*
+	 * Share of the engine's time against contexts that have work at the same time, 0 to 64;
+	 * 0 means 1.
+	 */
+	__u32 weight;
 	/* Zero. */
-	__u64 reserved0;
+	__u32 reserved0;
 	/* Zero. */
 	__u64 reserved1;
 };

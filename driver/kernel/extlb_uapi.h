@@ -21,6 +21,10 @@
 
 #define EXTLB_WORK_MAX_LEN 0x80000000
 
+#define EXTLB_WORK_MAX_BATCH 4096
+
+#define EXTLB_WORK_MAX_SEGMENTS 4096
+
 #define EXTLB_WORK_RING_LOG2_MIN 1
 
 #define EXTLB_WORK_RING_LOG2_MAX 12
@@ -35,8 +39,11 @@
 /* Does nothing, and completes. */
 #define EXTLB_OPCODE_NOP 0
 /*
- * Copies `len` bytes from `src` to `dst`, lowest address first; if both overlap and
- * `dst` is above `src` the result is undefined, but stays within `dst`.
+ * Copies `len` bytes from `src` to `dst`. The ranges may overlap: the result is as if all
+ * had been read before any was written. To that end it goes from the highest address
+ * down if `dst` lies in (`src`, `src` + `len`), from the lowest up otherwise. Overlap is
+ * judged by these addresses; that of pages mapped twice, or of lists, has no defined
+ * result, but stays within the destination.
  */
 #define EXTLB_OPCODE_COPY 1
 /* Writes the pattern `arg` to `len` bytes at `dst`; the last repetition may be cut. */
@@ -45,10 +52,55 @@
 #define EXTLB_OPCODE_CRC32C 3
 /* Compares `len` bytes at `src` and `dst`; `result` is the offset of the first difference. */
 #define EXTLB_OPCODE_COMPARE 4
+/*
+ * Adds `arg` to the 8 bytes at `dst`, modulo 2^64, once and atomically, also against the
+ * processors; `result` is what was there before.
+ */
+#define EXTLB_OPCODE_FETCH_ADD 5
+/*
+ * Writes `src` (a value, not an address) to the 8 bytes at `dst` if they are `arg`;
+ * atomically likewise. `result` is what was there before: if it is `arg`, it was written.
+ * Needs a page that may be written either way.
+ */
+#define EXTLB_OPCODE_COMPARE_SWAP 6
+/*
+ * Ends when every earlier operation of the queue has ended and its data is visible.
+ * `result` is the number of those since the last fence that did not end with success;
+ * `EarlierFailed` if there are any.
+ */
+#define EXTLB_OPCODE_FENCE 7
+/*
+ * Runs the `len` descriptors at `src`, a multiple of 64, in order, each with a completion
+ * of its own. Then `bytes` is the number of those that ended, and `result` of those that
+ * did not end with success. A fence among them that ends with `EarlierFailed` ends the
+ * batch likewise.
+ */
+#define EXTLB_OPCODE_BATCH 8
 
 /* Bits of `Descriptor::flags`. */
-/* Count the completion in `event_seq` and raise the completion interrupt. */
+/*
+ * Count the completion in `event_seq` and raise the completion interrupt. One interrupt
+ * may stand for several completions.
+ */
 #define EXTLB_WORK_INTERRUPT 1
+/*
+ * `src` is the address of a list of `src_segments` segments, a multiple of 16; their
+ * lengths add up to `len`. For copy, CRC32C and compare.
+ */
+#define EXTLB_WORK_SRC_LIST 2
+/* Likewise `dst` and `dst_segments`. For copy, fill and compare. */
+#define EXTLB_WORK_DST_LIST 4
+/* No completion record on success; the interrupt, if asked for, comes all the same. */
+#define EXTLB_WORK_QUIET 8
+
+/* Bits of `Completion::fault`. */
+/* Page fault: the access was a write. */
+#define EXTLB_FAULT_WRITE 1
+/*
+ * A copy that ended early had gone from the highest address down: `bytes` are the last
+ * ones, not the first.
+ */
+#define EXTLB_FAULT_FROM_END 2
 
 /* How an operation ended. */
 /* Not yet. */
@@ -57,16 +109,30 @@
 #define EXTLB_STATUS_SUCCESS 1
 /* `fault_addr` is not mapped, or not writable, and software would not map it. */
 #define EXTLB_STATUS_PAGE_FAULT 2
-/* Unknown opcode, unknown flag or a reserved field that is not zero. */
+/*
+ * Unknown opcode, unknown flag, a flag that the opcode does not take, or a reserved field
+ * that is not zero.
+ */
 #define EXTLB_STATUS_BAD_DESCRIPTOR 3
-/* `len` is more than the largest. */
+/* `len` is more than the largest, or not what the operation takes. */
 #define EXTLB_STATUS_BAD_LENGTH 4
-/* An address range leaves the 48-bit address space. */
+/* An address range leaves the 48-bit address space; `fault_addr` is its start. */
 #define EXTLB_STATUS_BAD_ADDRESS 5
 /* The page table is broken at `fault_addr`: reserved bits, or an address outside RAM. */
 #define EXTLB_STATUS_BUS_ERROR 6
 /* Compare found a difference. */
 #define EXTLB_STATUS_MISMATCH 7
+/* `fault_addr` is not aligned as the operation needs it. */
+#define EXTLB_STATUS_MISALIGNED 8
+/* A fence, or a batch with such a fence: earlier operations did not end with success. */
+#define EXTLB_STATUS_EARLIER_FAILED 9
+/*
+ * The segments of a list are too many, or do not add up to `len`. Found when the list is
+ * read, piece by piece: `bytes` are done.
+ */
+#define EXTLB_STATUS_BAD_SEGMENTS 10
+/* A batch within a batch. */
+#define EXTLB_STATUS_NESTED_BATCH 11
 
 /* Why one context stopped while the others go on. */
 /* Its entry of the context table makes no sense. */
@@ -82,7 +148,10 @@
 /* Software answered a page request with failure. */
 #define EXTLB_CONTEXT_ERROR_PAGE_REQUEST_FAILED 6
 
-/* A work descriptor, an entry of the ring. */
+/*
+ * A work descriptor, an entry of the ring. It must not change until it is retired; the device
+ * may read it any number of times until then.
+ */
 struct extlb_descriptor {
 	/* An `Opcode`. */
 	__u8 opcode;
@@ -92,20 +161,39 @@ struct extlb_descriptor {
 	__u16 reserved0;
 	/* Zero. */
 	__u32 reserved1;
-	/* Where to read. */
+	/*
+	 * Where to read; of a list, the address of the list; of a batch, of the descriptors.
+	 * Compare-swap: the value to write.
+	 */
 	__u64 src;
-	/* Where to write; second operand of a compare. */
+	/* Where to write; second operand of a compare; or the address of a list. */
 	__u64 dst;
-	/* Bytes, 0 to 2 GiB. Any alignment. */
+	/*
+	 * Bytes, 0 to 2 GiB, any alignment. Fetch-add and compare-swap: 8. Batch: the number of
+	 * descriptors.
+	 */
 	__u64 len;
 	/* Address of the completion record, a multiple of 32. */
 	__u64 completion;
-	/* Fill: the pattern of 8 bytes, from `dst` on. CRC32C: the CRC to go on from, 0 at first. */
+	/*
+	 * Fill: the pattern of 8 bytes, from `dst` on. CRC32C: the CRC to go on from, 0 at first.
+	 * Fetch-add: what to add. Compare-swap: what to compare with.
+	 */
 	__u64 arg;
 	/* Not looked at; for the program. */
 	__u64 user;
-	/* Zero. */
-	__u64 reserved2;
+	/* Segments of the list at `src`; zero without `SRC_LIST`. */
+	__u32 src_segments;
+	/* Segments of the list at `dst`; zero without `DST_LIST`. */
+	__u32 dst_segments;
+};
+
+/* A piece of an operand that is given as a list (scatter/gather). */
+struct extlb_segment {
+	/* Address, any alignment. */
+	__u64 addr;
+	/* Bytes, may be 0. */
+	__u64 len;
 };
 
 /*
@@ -115,8 +203,8 @@ struct extlb_descriptor {
 struct extlb_completion {
 	/* A `Status`; the program sets it to 0 before it submits. */
 	__u32 status;
-	/* Page fault: 1 if the access was a write. */
-	__u32 fault_write;
+	/* See the fault bits. */
+	__u32 fault;
 	/* Bytes done from the start; on a fault all bytes below are done. */
 	__u64 bytes;
 	/* The address that faulted. */

@@ -1,7 +1,7 @@
 //! Operations: what is asked of the device, and what its answer means.
 
 use extlb_spec::Iova;
-use extlb_spec::work::{Completion, Descriptor, Opcode, Status};
+use extlb_spec::work::{Completion, Descriptor, Opcode, Status, fault};
 
 use crate::error::{Error, Nonsense};
 
@@ -97,15 +97,19 @@ pub(crate) fn judge(completion: Completion, expect: Expect) -> Result<Answer, No
                 Status::Mismatch => Ok(true),
                 Status::PageFault => Err(Error::Fault {
                     addr: Iova(completion.fault_addr),
-                    write: completion.fault_write != 0,
+                    write: completion.fault & fault::WRITE != 0,
                     bytes: completion.bytes,
                 }),
                 Status::BusError => Err(Error::Bus {
                     addr: Iova(completion.fault_addr),
                 }),
-                Status::BadDescriptor | Status::BadLength | Status::BadAddress => {
-                    Err(Error::Refused { status })
-                }
+                Status::BadDescriptor
+                | Status::BadLength
+                | Status::BadAddress
+                | Status::Misaligned
+                | Status::EarlierFailed
+                | Status::BadSegments
+                | Status::NestedBatch => Err(Error::Refused { status }),
             }
         }
     };
@@ -173,7 +177,7 @@ mod tests {
     fn completion(status: Status, bytes: u64, fault_addr: u64, result: u64) -> Completion {
         Completion {
             status: status as u32,
-            fault_write: 0,
+            fault: 0,
             bytes,
             fault_addr,
             result,

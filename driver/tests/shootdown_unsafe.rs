@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use extlb_driver::inprocess::{InProcess, MachineConfig};
-use extlb_driver::spec::work::{Completion, Descriptor, Opcode, Status};
+use extlb_driver::spec::work::{Completion, Descriptor, Opcode, Status, fault};
 use extlb_driver::spec::{Gpa, PAGE_SIZE};
 use extlb_driver::{Context, Device, Iova, Options};
 
@@ -77,7 +77,7 @@ fn an_address_that_is_not_registered_is_a_fault_that_names_it() {
         BASE + 2 * PAGE_SIZE
     );
     assert_eq!(completion.bytes, 2 * PAGE_SIZE - 100);
-    assert_eq!(completion.fault_write, 1);
+    assert_eq!(completion.fault, fault::WRITE);
     // The queue goes on.
     let fill = descriptor(Opcode::Fill, Iova(0), Iova(BASE), PAGE_SIZE, 1);
     assert_eq!(status(&run(&context, fill)), Some(Status::Success));
@@ -94,7 +94,7 @@ fn refused_descriptors_say_why() {
         (Descriptor { opcode: 99, ..good }, Status::BadDescriptor),
         (
             Descriptor {
-                reserved2: 1,
+                src_segments: 1,
                 ..good
             },
             Status::BadDescriptor,

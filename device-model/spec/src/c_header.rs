@@ -19,6 +19,7 @@ pub const UAPI_ENUMERATIONS: &[&Enumeration] = &[
     &uapi::create::TABLE,
     &work::Opcode::TABLE,
     &work::flags::TABLE,
+    &work::fault::TABLE,
     &work::Status::TABLE,
     &context::ContextError::TABLE,
 ];
@@ -26,6 +27,7 @@ pub const UAPI_ENUMERATIONS: &[&Enumeration] = &[
 /// Structures of the header that programs and the driver share.
 pub const UAPI_STRUCTURES: &[&Layout] = &[
     &work::Descriptor::LAYOUT,
+    &work::Segment::LAYOUT,
     &work::Completion::LAYOUT,
     &context::ContextShadow::LAYOUT,
     &uapi::Info::LAYOUT,
@@ -82,6 +84,12 @@ pub fn uapi(out: &mut dyn Write) -> Result {
         crate::histogram::BUCKETS as u64,
     )?;
     define(out, "EXTLB_WORK_MAX_LEN", work::MAX_LEN)?;
+    define(out, "EXTLB_WORK_MAX_BATCH", work::MAX_BATCH)?;
+    define(
+        out,
+        "EXTLB_WORK_MAX_SEGMENTS",
+        u64::from(work::MAX_SEGMENTS),
+    )?;
     define(
         out,
         "EXTLB_WORK_RING_LOG2_MIN",

@@ -20,8 +20,11 @@ layout! {
         /// Guest-physical address of the root of the process's own page table (x86-64, four
         /// levels); looked at if the oracle flag is set.
         cpu_page_table: u64 = 40,
+        /// Share of the engine's time against contexts that have work at the same time, 0 to 64;
+        /// 0 means 1.
+        weight: u32 = 48,
         /// Zero.
-        reserved0: u64 = 48,
+        reserved0: u32 = 52,
         /// Zero.
         reserved1: u64 = 56,
     }
@@ -31,6 +34,8 @@ layout! {
 pub const MIN_WORK_RING_LOG2: u32 = 1;
 /// Largest `ring_log2`.
 pub const MAX_WORK_RING_LOG2: u32 = 12;
+/// Largest `weight`.
+pub const MAX_WEIGHT: u32 = 64;
 
 bits! {
     /// Bits of `ContextEntry::flags`.

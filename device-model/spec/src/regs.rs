@@ -54,7 +54,7 @@ macro_rules! registers {
 /// Value of [`ID`]: "EXLB" in memory order.
 pub const ID_VALUE: u32 = u32::from_le_bytes(*b"EXLB");
 /// Value of [`VERSION`]: major in the upper half, minor in the lower.
-pub const VERSION_VALUE: u32 = 0x0001_0001;
+pub const VERSION_VALUE: u32 = 0x0001_0002;
 /// Largest log2 of the entries of the invalidation queue and of the page request ring.
 pub const MAX_RING_LOG2: u32 = 15;
 /// Smallest log2 of the entries of the same.

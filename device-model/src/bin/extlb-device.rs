@@ -25,9 +25,10 @@ struct Arguments {
     /// Where to write stale accesses and the summary, one JSON object a line.
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
-    /// Configuration of the device, in TOML: tlb.sets, tlb.ways, tlb.policy, tlb.seed, engines,
-    /// quantum, poll_us, oracle.enabled, oracle.bound_ms; and debug.skip_drain, debug.bus_delay_us,
-    /// fault_seed and [[fault]], which break the device on purpose, for tests.
+    /// Configuration of the device, in TOML: tlb.sets, tlb.ways, tlb.policy, tlb.seed,
+    /// engines, schedule.policy, schedule.quantum, schedule.chunk, poll_us, oracle.enabled,
+    /// oracle.bound_ms; and debug.skip_drain, debug.bus_delay_us, fault_seed and [[fault]], which
+    /// break the device on purpose, for tests.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Break the device on purpose: KIND[,NAME=VALUE]..., for instance skip-ack,after=10,times=1.

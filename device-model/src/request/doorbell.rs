@@ -4,6 +4,7 @@
 //! then the context is parked, and a write to its doorbell page queues it again.
 
 use std::sync::atomic::{Ordering, fence};
+use std::time::Duration;
 
 use extlb_spec::context::ContextError;
 
@@ -75,8 +76,9 @@ impl Device {
         context: &Context,
         space: &Space,
         work: &mut Work,
+        now: Duration,
     ) -> Turn {
-        if self.now().saturating_sub(work.last_work) < self.poll_time() {
+        if now.saturating_sub(work.last_work) < self.poll_time() {
             return Turn::Polled;
         }
         let parked = self

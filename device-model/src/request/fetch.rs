@@ -1,83 +1,109 @@
-//! Fetch: a descriptor is read from the ring and checked.
+//! Fetch: descriptors are read from the ring, or from the array of a batch.
 
 use extlb_spec::Iova;
-use extlb_spec::context::ContextError;
-use extlb_spec::work::{Completion, Descriptor, MAX_LEN, Opcode, Status, flags};
+use extlb_spec::work::Descriptor;
 
-use super::{Halt, Operation};
+use super::descriptor::parse;
+use super::translate::rest_of_page;
+use super::{Access, Halt};
 use crate::Device;
-use crate::context::{Context, Space, Work};
-use crate::guard::Lane;
+use crate::context::{Space, Work};
+
+/// Descriptors that are read at once.
+const AHEAD: usize = 16;
+const SIZE: usize = Descriptor::SIZE;
+
+/// Descriptors that were read and not begun: the next ones of the ring, or of the batch.
+///
+/// A program must not change a descriptor before it is retired, so it does not matter when it is
+/// read. Nothing of their operands is translated before their turn.
+#[derive(Debug)]
+pub(crate) struct Ahead {
+    descriptors: [Descriptor; AHEAD],
+    /// Those of `[next, count)` are left.
+    next: usize,
+    count: usize,
+}
+
+impl Default for Ahead {
+    fn default() -> Self {
+        Self {
+            descriptors: [Descriptor::default(); AHEAD],
+            next: 0,
+            count: 0,
+        }
+    }
+}
+
+impl Ahead {
+    /// Forgets all: what comes next is elsewhere.
+    pub(crate) fn clear(&mut self) {
+        self.count = 0;
+        self.next = 0;
+    }
+
+    fn take(&mut self) -> Option<Descriptor> {
+        let descriptor = *self.descriptors[..self.count].get(self.next)?;
+        self.next += 1;
+        Some(descriptor)
+    }
+}
 
 impl Device {
     /// Fetches the next descriptor, if one is submitted.
     pub(super) fn fetch(
         &self,
-        lane: &mut Lane<'_>,
-        context: &Context,
+        access: &Access<'_>,
         space: &Space,
         work: &mut Work,
     ) -> Result<(), Halt> {
-        let access = self.enter(lane, context, space, work.epoch)?;
-        if !self.poll_tail(&access, space, work)? {
-            return Err(Halt::Empty);
-        }
-        // The ring is aligned to a page, so no descriptor crosses one; `parse` of the context
-        // entry checked that the whole ring lies in the address space.
-        let slot = u64::from(work.head & (space.entries - 1));
-        let at = Iova(space.ring.0 + slot * Descriptor::SIZE as u64);
-        let mut bytes = [0; Descriptor::SIZE];
-        access.page(at, false, 1)?.read(&mut bytes)?;
-        work.operation = Some(parse(Descriptor::from_bytes(&bytes))?);
+        let in_batch = work.batch.is_some();
+        let descriptor = match work.ahead.take() {
+            Some(descriptor) => descriptor,
+            None => {
+                self.read_ahead(access, space, work)?;
+                work.ahead.take().ok_or(Halt::Empty)?
+            }
+        };
+        work.operation = Some(parse(descriptor, in_batch)?);
         Ok(())
     }
-}
 
-/// Checks a descriptor. One that is wrong becomes an operation that has ended already; one that
-/// names no place to say so stops the context.
-fn parse(descriptor: Descriptor) -> Result<Operation, Halt> {
-    let record = Iova(descriptor.completion);
-    let size = Completion::SIZE as u64;
-    if !record.is_aligned(size) || !record.range_is_valid(size) {
-        return Err(Halt::Failed(ContextError::CompletionFault, record.0));
-    }
-    let opcode = Opcode::from_raw(descriptor.opcode);
-    let mut op = Operation {
-        opcode: opcode.unwrap_or(Opcode::Nop),
-        descriptor,
-        done: 0,
-        crc: descriptor.arg as u32,
-        outcome: None,
-    };
-    let reserved = u64::from(descriptor.reserved0)
-        | u64::from(descriptor.reserved1)
-        | descriptor.reserved2
-        | u64::from(descriptor.flags & !flags::ALL);
-    let wide_crc = opcode == Some(Opcode::Crc32c) && descriptor.arg > u64::from(u32::MAX);
-    if opcode.is_none() || reserved != 0 || wide_crc {
-        op.end(Status::BadDescriptor, 0);
-        return Ok(op);
-    }
-    if descriptor.len > MAX_LEN {
-        op.end(Status::BadLength, 0);
-        return Ok(op);
-    }
-    let (src, dst) = operands(op.opcode);
-    for (used, addr) in [(src, descriptor.src), (dst, descriptor.dst)] {
-        if used && !Iova(addr).range_is_valid(descriptor.len) {
-            op.end_at(Status::BadAddress, Iova(addr), false);
-            return Ok(op);
+    /// Reads what there is, up to the end of the page.
+    fn read_ahead(&self, access: &Access<'_>, space: &Space, work: &mut Work) -> Result<(), Halt> {
+        let size = SIZE as u64;
+        let (at, count) = match &work.batch {
+            // The check of the batch's descriptor found the whole array in the address space.
+            Some(batch) => {
+                let own = &batch.own;
+                (own.descriptor.src + own.done * size, own.left())
+            }
+            None => {
+                if !self.poll_tail(access, space, work)? {
+                    return Err(Halt::Empty);
+                }
+                // Likewise `parse` of the context entry the whole ring.
+                let slot = work.head & (space.entries - 1);
+                let ready = work.tail.wrapping_sub(work.head).min(space.entries - slot);
+                (space.ring.0 + u64::from(slot) * size, u64::from(ready))
+            }
+        };
+        let at = Iova(at);
+        // Both are aligned to a descriptor, so none crosses a page.
+        let count = count.min(rest_of_page(at) / size).min(AHEAD as u64) as usize;
+        // The slow bus of tests delays what is longer than a descriptor.
+        let count = match self.config.debug.bus_delay_us {
+            0 => count,
+            _ => count.min(1),
+        };
+        let mut bytes = [0; AHEAD * SIZE];
+        let bytes = &mut bytes[..count * SIZE];
+        access.page(at, false, 1)?.read(bytes)?;
+        let (descriptors, _) = bytes.as_chunks();
+        for (to, from) in work.ahead.descriptors.iter_mut().zip(descriptors) {
+            *to = Descriptor::from_bytes(from);
         }
-    }
-    Ok(op)
-}
-
-/// Whether an operation looks at `src` and at `dst`.
-fn operands(opcode: Opcode) -> (bool, bool) {
-    match opcode {
-        Opcode::Nop => (false, false),
-        Opcode::Copy | Opcode::Compare => (true, true),
-        Opcode::Fill => (false, true),
-        Opcode::Crc32c => (true, false),
+        (work.ahead.next, work.ahead.count) = (0, count);
+        Ok(())
     }
 }

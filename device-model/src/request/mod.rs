@@ -2,69 +2,46 @@
 //!
 //! doorbell → fetch → translate → (page request →) transfer → complete
 //!
-//! Each step enters a guard, translates, moves at most a page, and leaves. Nothing is held
-//! between two steps but the operation's progress, so that a context can be stopped, and a
-//! shootdown served, between any two of them.
+//! Each of these is a step. Steps are made under a guard, several of them until a drain begins, or
+//! the guard has lasted long enough. A step moves at most a chunk: so long does a drain wait. Nothing is translated
+//! before its step, and nothing is held between two guards but the progress of the operation, so
+//! that a context can be stopped, and a shootdown served, between any two of them.
 
 mod doorbell;
 
+mod descriptor;
 mod fetch;
 
 mod translate;
 
 mod page_request;
 
+mod operation;
 mod transfer;
 
 mod complete;
 
+pub(crate) use fetch::Ahead;
+pub(crate) use operation::{Batch, Operation};
 pub(crate) use page_request::RequestRing;
 pub(crate) use translate::Access;
 
-use extlb_spec::Iova;
+use std::time::Duration;
+
 use extlb_spec::context::ContextError;
-use extlb_spec::work::{Completion, Descriptor, Opcode, Status};
+use extlb_spec::work::{Opcode, Status};
+use extlb_spec::{Iova, PAGE_SIZE};
 
 use crate::Device;
+use crate::config::SchedulePolicy;
 use crate::context::{Context, Failure, Miss, Space, Work};
 use crate::guard::Lane;
 use crate::sync::lock;
 
-/// An operation under way.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Operation {
-    pub(crate) opcode: Opcode,
-    pub(crate) descriptor: Descriptor,
-    /// Bytes done.
-    pub(crate) done: u64,
-    /// CRC32C so far.
-    pub(crate) crc: u32,
-    /// How it ended, once it has: what is left is to write this.
-    pub(crate) outcome: Option<Completion>,
-}
-
-impl Operation {
-    /// Ends the operation.
-    fn end(&mut self, status: Status, result: u64) {
-        self.outcome = Some(Completion {
-            status: status as u32,
-            bytes: self.done,
-            result,
-            ..Default::default()
-        });
-    }
-
-    /// Ends the operation at an address.
-    fn end_at(&mut self, status: Status, iova: Iova, write: bool) {
-        self.outcome = Some(Completion {
-            status: status as u32,
-            fault_write: u32::from(write && status == Status::PageFault),
-            bytes: self.done,
-            fault_addr: iova.0,
-            result: 0,
-        });
-    }
-}
+/// What a step costs beside the bytes that it moves, in bytes: they take about as long.
+const STEP: u64 = 512;
+/// How much is done under a guard before a look for invalidations, in the same measure.
+const LOOK: u64 = 8192;
 
 /// Why a step did not get on.
 #[derive(Clone, Debug)]
@@ -92,9 +69,35 @@ pub(crate) enum Turn {
     Parked,
 }
 
+impl Work {
+    /// An address cannot be used, for good: what has to do with it ends, which is the operation
+    /// if it is about its operands, and the context if it is about the rings.
+    fn cannot(&mut self, status: Status, iova: Iova, write: bool) {
+        match &mut self.operation {
+            Some(op) if op.outcome.is_none() => op.end_at(status, iova, write),
+            Some(_) => {
+                self.failure = Some(Failure::new(ContextError::CompletionFault, iova.0));
+            }
+            None => match &mut self.batch {
+                // Its array of descriptors is an operand.
+                Some(batch) => {
+                    batch.own.end_at(status, iova, write);
+                    self.leave_batch();
+                }
+                None => self.failure = Some(Failure::new(ContextError::RingFault, iova.0)),
+            },
+        }
+    }
+}
+
 impl Device {
-    /// Gives a context a quantum of chunks.
-    pub(crate) fn run_context(&self, lane: &mut Lane<'_>, context: &Context) -> Turn {
+    /// Gives a context its turn. `now`: the time of the engine's step.
+    pub(crate) fn run_context(
+        &self,
+        lane: &mut Lane<'_>,
+        context: &Context,
+        now: Duration,
+    ) -> Turn {
         let mut work = lock(&context.work);
         let work = &mut *work;
         context.refresh(work);
@@ -111,60 +114,125 @@ impl Device {
                 None => Turn::Parked,
             };
         }
-        for chunk in 0..self.config.quantum {
-            match self.advance(lane, context, &space, work) {
-                Ok(()) => {}
-                Err(Halt::Empty) if chunk > 0 => return Turn::Worked,
-                Err(Halt::Empty) => return self.park(lane, context, &space, work),
-                Err(Halt::Missing(misses)) => {
+        let turn = self.turn_of(&space);
+        work.allowance = (work.allowance + turn).min(turn);
+        let mut idle = true;
+        while work.allowance > 0 {
+            let before = work.allowance;
+            let halt = self.burst(lane, context, &space, work).err();
+            if work.allowance != before {
+                idle = false;
+                work.last_work = now;
+            }
+            match halt {
+                None => {}
+                Some(Halt::Empty) => {
+                    // Who has nothing to do saves nothing up.
+                    work.allowance = work.allowance.min(0);
+                    return match idle {
+                        true => self.park(lane, context, &space, work, now),
+                        false => Turn::Worked,
+                    };
+                }
+                Some(Halt::Missing(misses)) => {
+                    work.allowance = work.allowance.min(0);
                     work.misses = misses;
                     self.request_pages(lane, context, &space, work);
                     return Turn::Parked;
                 }
-                Err(Halt::Broken(iova)) => match &mut work.operation {
-                    Some(op) if op.outcome.is_none() => {
-                        op.end_at(Status::BusError, iova, false);
-                    }
-                    Some(_) => {
-                        work.failure = Some(Failure::new(ContextError::CompletionFault, iova.0));
-                        return self.fail(lane, context, &space, work);
-                    }
-                    None => {
-                        work.failure = Some(Failure::new(ContextError::RingFault, iova.0));
-                        return self.fail(lane, context, &space, work);
-                    }
-                },
-                Err(Halt::Failed(error, addr)) => {
-                    work.failure = Some(Failure::new(error, addr));
-                    return self.fail(lane, context, &space, work);
-                }
+                Some(Halt::Broken(iova)) => work.cannot(Status::BusError, iova, false),
+                Some(Halt::Failed(error, addr)) => work.failure = Some(Failure::new(error, addr)),
                 // The next turn looks at what there is then. If the device is stopped there is
                 // no turn, but the context keeps its place.
-                Err(Halt::Stopped) => return Turn::Worked,
+                Some(Halt::Stopped) => return Turn::Worked,
             }
-            work.last_work = self.now();
+            if work.failure.is_some() {
+                return self.fail(lane, context, &space, work);
+            }
             // The figure that matters is how long the kernel spins for its acknowledgement:
-            // this thread is awake, so it serves between any two chunks.
+            // this thread is awake, so it serves between any two guards.
             self.serve_invalidations();
         }
         Turn::Worked
     }
 
-    /// One step of the context's operation.
-    fn advance(
+    /// Makes steps under one guard, and says in the shadow page how far they got.
+    fn burst(
         &self,
         lane: &mut Lane<'_>,
         context: &Context,
         space: &Space,
         work: &mut Work,
     ) -> Result<(), Halt> {
-        match &mut work.operation {
-            None => self.fetch(lane, context, space, work),
-            Some(op) if op.outcome.is_none() => {
-                let access = self.enter(lane, context, space, work.epoch)?;
-                self.transfer(&access, op)
+        let access = self.enter(lane, context, space, work.epoch)?;
+        let steps = self.steps(&access, space, work);
+        self.publish(&access, space, work)?;
+        steps
+    }
+
+    /// Makes steps until the guard has lasted long enough.
+    fn steps(&self, access: &Access<'_>, space: &Space, work: &mut Work) -> Result<(), Halt> {
+        // The slow bus of tests makes one access as long as a test wants a guard to last.
+        let mut left = match self.config.debug.bus_delay_us {
+            0 => u64::from(self.config.schedule.chunk),
+            _ => 1,
+        };
+        let mut look = LOOK;
+        loop {
+            // A page at least, so that pages are not cut.
+            let moved = self.step(access, space, work, left.max(PAGE_SIZE))?;
+            work.allowance -= self.charge(moved);
+            let cost = moved + STEP;
+            left = left.saturating_sub(cost);
+            if left == 0 || work.allowance <= 0 || access.is_awaited() {
+                return Ok(());
             }
-            Some(_) => self.complete(lane, context, space, work),
+            // A stop takes effect here already. Not that it had to: its drain waits for the guard.
+            access.still()?;
+            look = look.saturating_sub(cost);
+            if look == 0 {
+                if self.invalidations_wait() {
+                    return Ok(());
+                }
+                look = LOOK;
+            }
+        }
+    }
+
+    /// One step of the context's operation: how many bytes it moved.
+    fn step(
+        &self,
+        access: &Access<'_>,
+        space: &Space,
+        work: &mut Work,
+        limit: u64,
+    ) -> Result<u64, Halt> {
+        match &mut work.operation {
+            None => self.fetch(access, space, work)?,
+            Some(op) if op.outcome.is_some() => self.complete(access, work)?,
+            Some(op) if op.opcode == Opcode::Batch && op.left() > 0 => {
+                let own = *op;
+                work.enter_batch(own);
+            }
+            Some(op) => return self.transfer(access, op, work.failed, limit),
+        }
+        Ok(0)
+    }
+
+    /// What a turn adds to the allowance of a context.
+    fn turn_of(&self, space: &Space) -> i64 {
+        let schedule = &self.config.schedule;
+        match schedule.policy {
+            SchedulePolicy::Fair => i64::from(schedule.quantum) * i64::from(space.weight),
+            SchedulePolicy::RoundRobin => i64::from(schedule.quantum),
+        }
+    }
+
+    /// What a step takes from it.
+    fn charge(&self, moved: u64) -> i64 {
+        match self.config.schedule.policy {
+            SchedulePolicy::Fair => (moved + STEP) as i64,
+            SchedulePolicy::RoundRobin => STEP as i64,
         }
     }
 }

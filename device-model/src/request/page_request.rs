@@ -234,27 +234,22 @@ impl Device {
             self.request_pages(lane, context, space, work);
             return false;
         }
-        let stage = work.operation.map(|op| op.outcome.is_some());
+        let mut refused = None;
         // What was not sent, for lack of credit, is asked for by the next miss.
         for miss in std::mem::take(&mut work.misses) {
             let answer = answers.iter().find(|w| miss.group == Some(w.group));
-            let error = match (answer.and_then(|w| w.response), stage) {
-                (None | Some(Response::Success), _) => continue,
-                (Some(Response::Failure), _) => ContextError::PageRequestFailed,
-                (Some(Response::Invalid), Some(true)) => ContextError::CompletionFault,
-                (Some(Response::Invalid), None) => ContextError::RingFault,
-                (Some(Response::Invalid), Some(false)) => {
-                    match &mut work.operation {
-                        Some(op) if op.outcome.is_none() => {
-                            op.end_at(Status::PageFault, miss.iova, miss.write);
-                        }
-                        // Both operands are refused: the first is the one to name.
-                        _ => {}
-                    }
-                    continue;
+            match answer.and_then(|w| w.response) {
+                None | Some(Response::Success) => {}
+                Some(Response::Failure) => {
+                    let error = ContextError::PageRequestFailed;
+                    work.failure = Some(Failure::new(error, miss.iova.0));
                 }
-            };
-            work.failure = Some(Failure::new(error, miss.iova.0));
+                // If both operands are refused the first is the one to name.
+                Some(Response::Invalid) => refused = refused.or(Some(miss)),
+            }
+        }
+        if let (Some(miss), None) = (refused, work.failure) {
+            work.cannot(Status::PageFault, miss.iova, miss.write);
         }
         work.failure.is_none()
     }
@@ -291,6 +286,8 @@ impl Device {
             });
         }
         work.operation = None;
+        work.batch = None;
+        work.ahead.clear();
         work.misses.clear();
         lock(&context.waiting).clear();
         self.report_failure(lane, context, work)

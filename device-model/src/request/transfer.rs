@@ -1,81 +1,239 @@
-//! Transfer: one chunk of an operation, at most a page on each side.
+//! Transfer: the next piece of an operation.
 
-use extlb_spec::work::{Opcode, Status};
+use extlb_spec::work::{Opcode, Segment, Status, flags};
 use extlb_spec::{Iova, PAGE_SIZE};
 
+use super::operation::{Cursor, Operation};
 use super::translate::{Page, pages, rest_of_page};
-use super::{Access, Halt, Operation};
+use super::{Access, Halt};
 use crate::Device;
 
 const CHUNK: usize = PAGE_SIZE as usize;
+/// Segments of no bytes that are skipped in one step.
+const SKIP: u32 = 16;
+
+/// How far the lists of an operation got.
+enum Lists {
+    /// Each operand has bytes, unless the operation is done.
+    Ready,
+    /// There may be more segments of no bytes.
+    Skipping,
+    /// One does not fit the operation, which has ended.
+    Bad,
+}
 
 impl Device {
-    /// Moves the next chunk, or ends the operation if there is none.
-    pub(super) fn transfer(&self, access: &Access<'_>, op: &mut Operation) -> Result<(), Halt> {
-        let left = op.descriptor.len - op.done;
-        if op.opcode == Opcode::Nop || left == 0 {
-            let result = match op.opcode {
-                Opcode::Crc32c => u64::from(op.crc),
-                _ => 0,
-            };
-            op.end(Status::Success, result);
-            return Ok(());
-        }
-        // Neither overflows: fetch checked that both ranges lie in the address space.
-        let src = Iova(op.descriptor.src.wrapping_add(op.done));
-        let dst = Iova(op.descriptor.dst.wrapping_add(op.done));
-        let both = left.min(rest_of_page(src)).min(rest_of_page(dst)) as usize;
-        let len = match op.opcode {
-            Opcode::Nop => 0,
-            Opcode::Copy => {
-                let (from, to) = pair(access, (src, false), (dst, true), left)?;
-                from.copy_to(&to, both)?;
-                both
+    /// Moves the next piece, at most `limit` bytes, or ends the operation if there is none. How
+    /// many bytes it moved. `failed`: operations since the last fence that did not succeed.
+    pub(super) fn transfer(
+        &self,
+        access: &Access<'_>,
+        op: &mut Operation,
+        failed: u64,
+        limit: u64,
+    ) -> Result<u64, Halt> {
+        let before = op.done;
+        let result = match op.opcode {
+            Opcode::Nop | Opcode::Batch => {
+                op.end(Status::Success, 0);
+                Ok(())
             }
-            Opcode::Fill => {
-                let len = left.min(rest_of_page(dst)) as usize;
-                let page = access.page(dst, true, pages(dst, left))?;
-                page.write(&pattern(op.descriptor.arg, op.done)[..len])?;
-                len
+            Opcode::Fence => {
+                let status = match failed {
+                    0 => Status::Success,
+                    _ => Status::EarlierFailed,
+                };
+                op.end(status, failed);
+                Ok(())
             }
-            Opcode::Crc32c => {
-                let len = left.min(rest_of_page(src)) as usize;
-                let mut bytes = [0; CHUNK];
-                let page = access.page(src, false, pages(src, left))?;
-                page.read(&mut bytes[..len])?;
-                op.crc = crc32c::crc32c_append(op.crc, &bytes[..len]);
-                len
-            }
-            Opcode::Compare => {
-                let (a, b) = pair(access, (src, false), (dst, false), left)?;
-                let (mut left, mut right) = ([0; CHUNK], [0; CHUNK]);
-                a.read(&mut left[..both])?;
-                b.read(&mut right[..both])?;
-                if let Some(at) = (0..both).find(|i| left[*i] != right[*i]) {
-                    op.done += at as u64;
-                    self.counters.bytes.add(at as u64);
-                    op.end(Status::Mismatch, op.done);
-                    return Ok(());
-                }
-                both
-            }
+            Opcode::FetchAdd | Opcode::CompareSwap => atomic(access, op),
+            _ => move_piece(access, op, limit),
         };
-        op.done += len as u64;
-        self.counters.bytes.add(len as u64);
-        Ok(())
+        let moved = op.done - before;
+        self.counters.bytes.add(moved);
+        result.map(|()| moved)
     }
+}
+
+/// Changes a word. Once only: it ends the operation in the same step, and what is left is to write
+/// the record, which may wait for a page request as long as it likes.
+fn atomic(access: &Access<'_>, op: &mut Operation) -> Result<(), Halt> {
+    let Operation { descriptor, .. } = op;
+    let page = access.page(Iova(descriptor.dst), true, 1)?;
+    let found = match op.opcode {
+        Opcode::FetchAdd => page.fetch_add_u64(descriptor.arg)?,
+        _ => page.compare_exchange_u64(descriptor.arg, descriptor.src)?,
+    };
+    op.done = descriptor.len;
+    op.end(Status::Success, found);
+    Ok(())
+}
+
+/// The next piece of an operation on ranges of memory. What is done is noted also if the rest of
+/// the piece fails.
+fn move_piece(access: &Access<'_>, op: &mut Operation, limit: u64) -> Result<(), Halt> {
+    match lists(access, op)? {
+        Lists::Ready => {}
+        Lists::Skipping | Lists::Bad => return Ok(()),
+    }
+    let left = op.left();
+    if left == 0 {
+        let result = match op.opcode {
+            Opcode::Crc32c => u64::from(op.crc),
+            _ => 0,
+        };
+        op.end(Status::Success, result);
+        return Ok(());
+    }
+    // At most so much of the range, or of the segments, that the operation is in.
+    let of = |cursor: &Cursor| cursor.left.min(limit);
+    match op.opcode {
+        Opcode::Copy if op.down => copy_down(access, op),
+        Opcode::Copy => {
+            let (src, dst) = op.piece(0);
+            let (from, to) = pair(access, (src, &op.src, false), (dst, &op.dst, true))?;
+            let len = of(&op.src).min(of(&op.dst)).min(from.rest()).min(to.rest());
+            // RAM may be in several ranges, of which one leaf covers more than one: the page at
+            // which nothing answers is to be found.
+            if from.try_copy_to(&to, len as usize) {
+                op.advance(len);
+                return Ok(());
+            }
+            by_pages(op, (src, dst), len, |_, offset, len| {
+                from.within(offset).copy_to(&to.within(offset), len)
+            })
+        }
+        Opcode::Fill => {
+            let (_, dst) = op.piece(0);
+            let to = access.page(dst, true, pages(dst, op.dst.left))?;
+            let len = of(&op.dst).min(to.rest());
+            let (arg, done) = (op.descriptor.arg, op.done);
+            by_pages(op, (dst, dst), len, |_, offset, len| {
+                let bytes = pattern(arg, done + offset);
+                to.within(offset).write(&bytes[..len])
+            })
+        }
+        Opcode::Crc32c => {
+            let (src, _) = op.piece(0);
+            let from = access.page(src, false, pages(src, op.src.left))?;
+            let len = of(&op.src).min(from.rest());
+            by_pages(op, (src, src), len, |op, offset, len| {
+                let mut bytes = [0; CHUNK];
+                from.within(offset).read(&mut bytes[..len])?;
+                op.crc = crc32c::crc32c_append(op.crc, &bytes[..len]);
+                Ok(())
+            })
+        }
+        _ => {
+            let (src, dst) = op.piece(0);
+            let (a, b) = pair(access, (src, &op.src, false), (dst, &op.dst, false))?;
+            let len = of(&op.src).min(of(&op.dst)).min(a.rest()).min(b.rest());
+            by_pages(op, (src, dst), len, |op, offset, len| {
+                let (mut left, mut right) = ([0; CHUNK], [0; CHUNK]);
+                let (left, right) = (&mut left[..len], &mut right[..len]);
+                a.within(offset).read(left)?;
+                b.within(offset).read(right)?;
+                if left != right {
+                    let same = left.iter().zip(&*right).take_while(|(a, b)| a == b);
+                    op.done += same.count() as u64;
+                    op.end(Status::Mismatch, op.done);
+                }
+                Ok(())
+            })
+        }
+    }
+}
+
+/// The last page of what is left: nothing below it has been written yet.
+fn copy_down(access: &Access<'_>, op: &mut Operation) -> Result<(), Halt> {
+    let into_page = |last: Iova| last.page_offset() + 1;
+    let (src, dst) = op.piece(1);
+    let len = op.left().min(into_page(src)).min(into_page(dst));
+    let (src, dst) = op.piece(len);
+    let one = Cursor::range(0, len);
+    let (from, to) = pair(access, (src, &one, false), (dst, &one, true))?;
+    from.copy_to(&to, len as usize)?;
+    op.advance(len);
+    Ok(())
+}
+
+/// Does `len` bytes page by page, of both operands, until one ends the operation.
+fn by_pages(
+    op: &mut Operation,
+    (src, dst): (Iova, Iova),
+    len: u64,
+    mut f: impl FnMut(&mut Operation, u64, usize) -> Result<(), Halt>,
+) -> Result<(), Halt> {
+    let mut offset = 0;
+    while offset < len {
+        let rest = |start: Iova| rest_of_page(Iova(start.0 + offset));
+        let piece = (len - offset).min(rest(src)).min(rest(dst));
+        f(op, offset, piece as usize)?;
+        if op.outcome.is_some() {
+            break;
+        }
+        op.advance(piece);
+        offset += piece;
+    }
+    Ok(())
+}
+
+/// Reads segments until both operands have bytes.
+fn lists(access: &Access<'_>, op: &mut Operation) -> Result<Lists, Halt> {
+    let left = op.left();
+    for flag in [flags::SRC_LIST, flags::DST_LIST] {
+        if op.descriptor.flags & flag == 0 {
+            continue;
+        }
+        let cursor = match flag {
+            flags::SRC_LIST => &mut op.src,
+            _ => &mut op.dst,
+        };
+        let mut skipped = 0;
+        while cursor.left == 0 && cursor.segments > 0 {
+            if skipped == SKIP {
+                return Ok(Lists::Skipping);
+            }
+            skipped += 1;
+            // The list is aligned to a segment, so none crosses a page; the check of the
+            // descriptor found the whole list in the address space.
+            let at = Iova(cursor.next);
+            let mut bytes = [0; Segment::SIZE];
+            let size = bytes.len() as u64;
+            let more = pages(at, size * u64::from(cursor.segments));
+            access.page(at, false, more)?.read(&mut bytes)?;
+            let segment = Segment::from_bytes(&bytes);
+            if segment.len > left {
+                op.end_at(Status::BadSegments, at, false);
+                return Ok(Lists::Bad);
+            }
+            if !Iova(segment.addr).range_is_valid(segment.len) {
+                op.end_at(Status::BadAddress, Iova(segment.addr), false);
+                return Ok(Lists::Bad);
+            }
+            cursor.at = segment.addr;
+            cursor.left = segment.len;
+            cursor.next += size;
+            cursor.segments -= 1;
+        }
+        if cursor.left == 0 && left > 0 {
+            let end = Iova(cursor.next);
+            op.end_at(Status::BadSegments, end, false);
+            return Ok(Lists::Bad);
+        }
+    }
+    Ok(Lists::Ready)
 }
 
 /// Translates both operands; if both miss, both are asked for at once.
 fn pair<'a>(
     access: &'a Access<'_>,
-    (a, a_write): (Iova, bool),
-    (b, b_write): (Iova, bool),
-    left: u64,
+    (a, a_rest, a_write): (Iova, &Cursor, bool),
+    (b, b_rest, b_write): (Iova, &Cursor, bool),
 ) -> Result<(Page<'a>, Page<'a>), Halt> {
     match (
-        access.page(a, a_write, pages(a, left)),
-        access.page(b, b_write, pages(b, left)),
+        access.page(a, a_write, pages(a, a_rest.left)),
+        access.page(b, b_write, pages(b, b_rest.left)),
     ) {
         (Ok(a), Ok(b)) => Ok((a, b)),
         (Err(Halt::Missing(mut misses)), Err(Halt::Missing(more))) => {

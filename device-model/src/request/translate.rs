@@ -62,6 +62,19 @@ impl Device {
 }
 
 impl Access<'_> {
+    /// Whether the device and the context still run.
+    pub(super) fn still(&self) -> Result<(), Halt> {
+        match self.device.is_running() && self.context.epoch() == self.epoch {
+            true => Ok(()),
+            false => Err(Halt::Stopped),
+        }
+    }
+
+    /// Whether a drain waits for this access: it should end with the step that it is in.
+    pub(super) fn is_awaited(&self) -> bool {
+        self.guard.is_awaited()
+    }
+
     /// Memory by guest-physical address: for the shadow page, whose address the kernel gave.
     pub(super) fn memory(&self) -> &dyn Dma {
         &*self.device.ports.memory
@@ -230,6 +243,17 @@ impl<'a> Page<'a> {
     pub(super) fn release_u32(&self, value: u32) -> Result<(), Halt> {
         let memory = self.access.memory();
         self.bus(memory.store_u32(self.gpa, value, Ordering::Release))
+    }
+
+    /// Adds to a word, atomically; what was there before.
+    pub(super) fn fetch_add_u64(&self, value: u64) -> Result<u64, Halt> {
+        self.bus(self.access.memory().fetch_add_u64(self.gpa, value))
+    }
+
+    /// Replaces a word if it is `current`, atomically; what was there before.
+    pub(super) fn compare_exchange_u64(&self, current: u64, new: u64) -> Result<u64, Halt> {
+        let memory = self.access.memory();
+        self.bus(memory.compare_exchange_u64(self.gpa, current, new))
     }
 
     /// Copies to another page, within both.

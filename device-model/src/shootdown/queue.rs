@@ -191,6 +191,19 @@ impl Device {
         any
     }
 
+    /// Whether it is time to leave a guard, for a command or for a drain. May be called inside
+    /// one: it waits for nothing.
+    pub(crate) fn invalidations_wait(&self) -> bool {
+        match self.commands.try_lock() {
+            Ok(queue) => {
+                queue.waiting.is_some()
+                    || self.is_running() && self.commands_ahead(&queue).is_ok_and(|n| n > 0)
+            }
+            // Somebody serves it just now, and may want to drain.
+            Err(_) => true,
+        }
+    }
+
     /// Nobody is going to poll: asks for kicks. Whether the queue is empty, so that the caller
     /// may sleep.
     pub(crate) fn park_invalidations(&self) -> bool {

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use extlb_spec::work::{Completion, Descriptor, Opcode, Status};
+use extlb_spec::work::{Completion, Descriptor, Opcode, Status, fault};
 use extlb_spec::{Iova, PAGE_SIZE};
 
 use super::{Failure, Function, PATIENCE, Suite, Verdict, end, ensure};
@@ -96,7 +96,7 @@ fn fault<B: Backing>(suite: &Suite<'_, B>) -> Verdict {
     let pending = unsafe { submit(&context, fill(start, 3 * PAGE_SIZE - 100, 1)) }?;
     let completion = end(pending)?.into_result()?.0;
     expect_fault(&completion, of(&mapping, 2 * PAGE..3 * PAGE).start)?;
-    ensure!(completion.fault_write == 1, "said to be a read");
+    ensure!(completion.fault & fault::WRITE != 0, "said to be a read");
     let bytes = completion.bytes;
     ensure!(bytes == 2 * PAGE_SIZE - 100, "{bytes} bytes were done");
     expect(&read(&context, of(&mapping, 0..2 * PAGE))?, Status::Success)?;
@@ -247,7 +247,7 @@ fn refused<B: Backing>(suite: &Suite<'_, B>) -> Verdict {
         (Descriptor { flags: 0x80, ..nop }, Status::BadDescriptor),
         (
             Descriptor {
-                reserved2: 1,
+                src_segments: 1,
                 ..nop
             },
             Status::BadDescriptor,

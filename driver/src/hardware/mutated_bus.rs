@@ -199,7 +199,7 @@ impl MutatedBus {
             field(offset_of!(Completion, result)),
         );
         let set = |at, value| self.memory.store_u64(at, value, Ordering::Relaxed);
-        let unknown = |bits: u64| Status::Mismatch as u32 + 1 + bits as u32 % (u32::MAX - 8);
+        let unknown = |bits: u64| Status::NestedBatch as u32 + 1 + bits as u32 % (u32::MAX - 12);
         let status = |at, status| self.memory.store_u32(at, status, Ordering::Release);
         if self.faults.take(Lie::RecordNever).is_some() {
             return Ok(());

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use extlb_driver::spec::work::{Completion, Descriptor, Opcode, Status};
+use extlb_driver::spec::work::{Completion, Descriptor, Opcode, Status, fault};
 use extlb_driver::{Iova, Kernel, Pending, Queue, Raw, Submitter};
 
 use super::memory_unsafe::{Area, PAGE, submit};
@@ -373,7 +373,7 @@ impl<'a> Traffic<'a> {
 
 /// A fault must name an address of the operation, where it had come to, in the area under fire.
 fn check_fault(fire: &Area, work: &Work, completion: &Completion) -> Result<()> {
-    let operand = if completion.fault_write != 0 {
+    let operand = if completion.fault & fault::WRITE != 0 {
         work.dst
     } else {
         work.src

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use extlb_driver::hardware::Hardware;
-use extlb_driver::spec::work::{Completion, Descriptor, Opcode, Status};
+use extlb_driver::spec::work::{Completion, Descriptor, Opcode, Status, fault};
 use extlb_driver::userspace::Userspace;
 use extlb_driver::{Context, Device, Iova, Options};
 
@@ -120,7 +120,7 @@ fn faults<H: Hardware>(context: &Context<Userspace<H>>) -> Result<()> {
         ensure!(
             completion.status == Status::PageFault as u32
                 && completion.fault_addr == addr.0
-                && (completion.fault_write != 0) == write
+                && (completion.fault & fault::WRITE != 0) == write
                 && completion.bytes == bytes as u64,
             "{what}: {completion:?}, and not a fault at {addr} after {bytes} bytes"
         );

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use extlb_driver::hardware::Hardware;
-use extlb_driver::spec::work::{Completion, Descriptor, Opcode, Status};
+use extlb_driver::spec::work::{Completion, Descriptor, Opcode, Status, fault};
 use extlb_driver::userspace::Userspace;
 use extlb_driver::{Context, Device, Options, Pending, Raw};
 
@@ -212,7 +212,7 @@ fn judge(
         Some(Status::PageFault) => {
             let next = area.addr(at).0 + completion.bytes;
             ensure!(
-                completion.fault_write == 1,
+                completion.fault & fault::WRITE != 0,
                 "a fault at the source, which nobody took"
             );
             ensure!(
