@@ -11,7 +11,7 @@ use crate::page_request::{PageRequest, RequestKind, Response, flags as request_f
 use crate::pte::{self, Pte, bit};
 use crate::regs::{self, Register};
 use crate::table::Layout;
-use crate::work::{Completion, Descriptor, Opcode, Status, flags as work_flags};
+use crate::work::{Completion, Descriptor, Opcode, Status, fault, flags as work_flags};
 use crate::{Gpa, Iova, PAGE_SIZE, Vector};
 
 /// Bytes in guest memory.
@@ -418,7 +418,7 @@ fn see_that_it_is_gone(f: &mut dyn FnMut(Step)) {
     f(Write(regs::KICK, 1));
     let fault = Completion {
         status: Status::PageFault as u32,
-        fault_write: 1,
+        fault: fault::WRITE,
         fault_addr: TARGET.0 + INSIDE,
         ..Default::default()
     };

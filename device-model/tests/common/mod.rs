@@ -253,7 +253,12 @@ impl Guest {
 
     /// A guest of the device that is made with these ports.
     pub fn around(make: impl FnOnce(Ports) -> Arc<dyn Core>) -> Self {
-        let ram = GuestRam::anonymous(&[(Gpa(0), RAM)]).unwrap();
+        Self::over(&[(Gpa(0), RAM)], make)
+    }
+
+    /// A guest whose RAM is these pieces.
+    pub fn over(ram: &[(Gpa, usize)], make: impl FnOnce(Ports) -> Arc<dyn Core>) -> Self {
+        let ram = GuestRam::anonymous(ram).unwrap();
         let memory = Arc::new(Hooked {
             ram: ram.clone(),
             hook: Mutex::new(None),
@@ -560,6 +565,12 @@ impl Process {
     pub fn set_device(&self, iova: Iova, value: Pte) {
         let at = self.device_leaf(iova);
         self.ram.store_u64(at, value.0, Ordering::SeqCst).unwrap();
+    }
+
+    /// Writes where the device's page table leads, within a page.
+    pub fn poke(&self, iova: Iova, bytes: &[u8]) {
+        let at = Gpa(self.device_pte(iova).addr().0 + iova.page_offset());
+        self.ram.write(at, bytes).unwrap();
     }
 
     /// Sets the process's own entry; `None` takes the page out.

@@ -87,7 +87,8 @@ pub fn config(seed: u64) -> Config {
     config.tlb.sets = 4;
     config.tlb.ways = 2;
     config.tlb.seed = seed;
-    config.quantum = 3;
+    config.schedule.quantum = 8192;
+    config.schedule.chunk = 4096;
     config.poll_us = 50;
     config.oracle.bound_ms = 5;
     config.tlb.policy = match seed % 3 {

@@ -54,6 +54,21 @@ pub(crate) fn print() -> String {
             "`BadLength`",
         ),
         (
+            "Descriptors of a batch",
+            format!("0 to {}", work::MAX_BATCH),
+            "`BadLength`; a batch in a batch is `NestedBatch`",
+        ),
+        (
+            "Segments of a list",
+            format!("0 to {}", work::MAX_SEGMENTS),
+            "`BadSegments`",
+        ),
+        (
+            "Weight of a context",
+            format!("1 to {}", context::MAX_WEIGHT),
+            "`weight` of its entry, 0 is 1; else `BadEntry`",
+        ),
+        (
             "Leaves",
             leaves.join(", "),
             "by level; an address that is no multiple of the leaf's size is a bus error",
@@ -80,8 +95,8 @@ pub(crate) fn print() -> String {
         ),
         (
             "Time of a drained wait",
-            "that of one access".into(),
-            "a guard covers one chunk, at most a page on each side and the walks for it; no operation as a whole, no page request, no other context's queue is waited for",
+            "that of one step".into(),
+            "a step moves at most a chunk (configured, 32 KiB by default) and makes the walks for it; no operation as a whole, no page request, no other context's queue is waited for",
         ),
     ];
     let mut out = String::from("| | Limit | By what, and what is beyond |\n|---|---|---|\n");
@@ -94,7 +109,10 @@ pub(crate) fn print() -> String {
             assert!(table.values.iter().any(|v| v.name == *name), "{name}");
         }
     };
-    named(&work::Status::TABLE, &["BadAddress", "BadLength"]);
+    named(
+        &work::Status::TABLE,
+        &["BadAddress", "BadLength", "BadSegments", "NestedBatch"],
+    );
     named(&context::ContextError::TABLE, &["BadEntry", "RingOverrun"]);
     named(
         &regs::FatalError::TABLE,
