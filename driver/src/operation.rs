@@ -140,6 +140,10 @@ fn check(
         Status::Success if opcode == Opcode::Crc32c && completion.result > u32::MAX.into() => {
             Err(Nonsense::Result(completion.result))
         }
+        // Of operations that are not this one.
+        Status::Misaligned | Status::EarlierFailed | Status::BadSegments | Status::NestedBatch => {
+            Err(Nonsense::Status(completion.status))
+        }
         Status::Mismatch if opcode != Opcode::Compare => Err(Nonsense::Status(completion.status)),
         Status::Mismatch if completion.result >= len => Err(Nonsense::Result(completion.result)),
         Status::PageFault | Status::BusError => {
@@ -234,6 +238,7 @@ mod tests {
             completion(Status::PageFault, 0, 0xfff, 0),     // before both
             completion(Status::PageFault, 0, u64::MAX, 0),
             completion(Status::Mismatch, 0, 0, 0), // of a copy
+            completion(Status::EarlierFailed, 0, 0, 1), // of a copy
         ] {
             assert!(judge(c, COPY).is_err(), "{c:?}");
         }
