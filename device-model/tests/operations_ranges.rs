@@ -484,7 +484,9 @@ fn a_leaf_over_two_pieces_of_ram_is_moved_all_the_same() {
     let first = (24 << 20) + 5 * PAGE;
     let rest = RAM as u64 - first;
     let ram = [(Gpa(0), first as usize), (Gpa(first), rest as usize)];
-    let guest = Guest::over(&ram, |ports| Arc::new(Device::new(config(), ports).unwrap()));
+    let guest = Guest::over(&ram, |ports| {
+        Arc::new(Device::new(config(), ports).unwrap())
+    });
     guest.device.set_bus_master(true);
     guest.enable();
     let process = guest.process(1);

@@ -130,7 +130,9 @@ fn another_configuration_differs_at_the_first_call_where_it_matters() {
         (Ended::Until, difference.entry)
     );
     assert!(difference.entry < entries.len() as u64);
-    assert_eq!(difference.call.as_deref(), Some("engine step"));
+    // An access walks, or an audit finds what the other has no longer.
+    let call = difference.call.as_deref().expect("a call");
+    assert!(call.ends_with("step"), "{call}");
     assert_ne!(difference.logged, difference.replayed);
 }
 
