@@ -27,19 +27,48 @@ struct State {
     stop: bool,
 }
 
+/// Is told the name of a thread that panicked.
+type Alarm = Box<dyn Fn(&str) + Send + Sync>;
+
 /// Wakes the threads of a [`Runner`]; the device's [`Wake`] port.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Bell {
     state: Mutex<State>,
     work: Condvar,
     invalidation: Condvar,
     device: OnceLock<Weak<Device>>,
+    alarm: OnceLock<Alarm>,
+}
+
+impl std::fmt::Debug for Bell {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Bell").finish_non_exhaustive()
+    }
+}
+
+/// Sounds the alarm when its thread unwinds.
+struct Watch(Arc<Bell>);
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        if std::thread::panicking()
+            && let Some(alarm) = self.0.alarm.get()
+        {
+            alarm(std::thread::current().name().unwrap_or("unnamed"));
+        }
+    }
 }
 
 impl Bell {
     /// A bell that nobody hears yet.
     pub fn new() -> Arc<Self> {
         Arc::default()
+    }
+
+    /// Calls `alarm` with a thread's name when a thread of the runner panics: nothing does then
+    /// what it did. The first alarm that is set counts.
+    pub fn on_panic(&self, alarm: Box<dyn Fn(&str) + Send + Sync>) {
+        let _ = self.alarm.set(alarm);
     }
 
     fn ring_invalidation(&self) {
@@ -94,14 +123,20 @@ impl Runner {
             runner.threads.push(
                 std::thread::Builder::new()
                     .name(format!("engine{n}"))
-                    .spawn(move || engine(&device, &bell))?,
+                    .spawn(move || {
+                        let _watch = Watch(bell.clone());
+                        engine(&device, &bell);
+                    })?,
             );
         }
         let (device, bell) = (device.clone(), bell.clone());
         runner.threads.push(
             std::thread::Builder::new()
                 .name("invalidation".into())
-                .spawn(move || invalidation(&device, &bell))?,
+                .spawn(move || {
+                    let _watch = Watch(bell.clone());
+                    invalidation(&device, &bell);
+                })?,
         );
         Ok(runner)
     }

@@ -11,6 +11,7 @@ use extlb_spec::pte::Pte;
 use extlb_spec::regs::{self, FatalError, status};
 use extlb_spec::work::{Descriptor, Opcode, Status, flags};
 use extlb_spec::{BAR_DOORBELLS, BAR_MSIX, BAR_REGS, Gpa, MSIX_PBA_OFFSET, Vector};
+use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use wire::*;
 
@@ -99,6 +100,20 @@ fn no_interrupt_is_lost_in_whatever_order_vectors_are_set_up() {
     wire.irqs(NONE | UNMASK, COMPLETION, 1, &[]);
     assert_eq!((take(&b), wire.pending()), (1, 0));
     wire.irqs(NONE | UNMASK, 0, 4, &[]);
+    // Some of a range.
+    wire.client
+        .set_irqs_of(MASK, 2, &[false, true])
+        .expect("masked");
+    wire.client
+        .set_irqs_of(TRIGGER, 0, &[true, false, true, false])
+        .expect("raised");
+    assert_eq!(others.each_ref().map(take), [1, 0, 1]);
+    wire.interrupt();
+    eventually("it is pending", || wire.pending() == 1 << COMPLETION);
+    wire.client
+        .set_irqs_of(UNMASK, 3, &[true])
+        .expect("unmasked");
+    assert_eq!((take(&b), wire.pending()), (1, 0));
     // By hand, all four.
     wire.irqs(NONE | TRIGGER, 0, 4, &[]);
     assert_eq!(others.each_ref().map(take), [1; 3]);
@@ -116,15 +131,27 @@ fn no_interrupt_is_lost_in_whatever_order_vectors_are_set_up() {
     assert_eq!(take(&b), 1);
     // What makes no sense changes nothing.
     let bad = a.as_fd().as_raw_fd();
-    wire.irqs(EVENTFD | TRIGGER, 3, 2, &[bad, bad]);
-    wire.irqs(EVENTFD | TRIGGER, 0, 2, &[bad]);
-    wire.irqs(EVENTFD | MASK, 3, 1, &[bad]);
-    wire.irqs(EVENTFD | NONE | TRIGGER, 3, 1, &[bad]);
-    wire.irqs(NONE | MASK, u32::MAX, 2, &[]);
-    for index in [0, 1, 3, 4, 5] {
-        let set = wire.client.set_irqs(index, EVENTFD | TRIGGER, 0, 1, &[bad]);
-        set.expect("answered");
+    for (index, flags, start, count, fds) in [
+        (MSIX, EVENTFD | TRIGGER, 3, 2, &[bad, bad][..]),
+        (MSIX, EVENTFD | TRIGGER, 0, 2, &[bad]),
+        (MSIX, EVENTFD | NONE | TRIGGER, 3, 1, &[bad]),
+        (MSIX, NONE | TRIGGER, 3, 1, &[bad]),
+        (MSIX, NONE | MASK, u32::MAX, 2, &[]),
+        (0, EVENTFD | TRIGGER, 0, 1, &[bad]),
+        (1, EVENTFD | TRIGGER, 0, 1, &[bad]),
+        (3, EVENTFD | TRIGGER, 0, 1, &[bad]),
+        (4, EVENTFD | TRIGGER, 0, 1, &[bad]),
+        (5, EVENTFD | TRIGGER, 0, 1, &[bad]),
+    ] {
+        let set = wire.client.set_irqs(index, flags, start, count, fds);
+        assert_eq!(
+            set,
+            Err(Errno::EINVAL),
+            "{index} {flags:#x} {start} {count}"
+        );
     }
+    let set = wire.client.set_irqs(MSIX, EVENTFD | MASK, 3, 1, &[bad]);
+    assert_eq!(set, Err(Errno::EOPNOTSUPP));
     wire.interrupt();
     eventually("it goes where it went", || take(&b) == 1);
     assert_eq!(take(&a), 0);

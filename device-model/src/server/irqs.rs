@@ -6,10 +6,11 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Mutex;
 
 use extlb_spec::{VECTORS, Vector};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use super::transport::IrqRequest;
 use crate::ports::Interrupts;
@@ -33,7 +34,8 @@ impl Line {
         let Some(mut fd) = self.eventfd.as_ref() else {
             return false;
         };
-        // It fails only when the counter is at its end, and then the client has been told.
+        // It fails only when the counter is at its end, and then the client has been told. It
+        // never waits: see `accept_eventfd`.
         let _ = fd.write_all(&1u64.to_ne_bytes());
         true
     }
@@ -44,45 +46,44 @@ impl Line {
     }
 }
 
+/// Those of the vectors that are named.
+fn chosen<'a>(lines: &'a mut [Line], vectors: &[u32]) -> impl Iterator<Item = &'a mut Line> {
+    let named = |(n, line)| vectors.contains(&(n as u32)).then_some(line);
+    lines.iter_mut().enumerate().filter_map(named)
+}
+
 impl Irqs {
-    /// Carries out a request whose range was checked.
+    /// Carries out a request; vectors that do not exist are left aside.
     pub(super) fn set(&self, request: IrqRequest) -> io::Result<()> {
         if let IrqRequest::Assign { fds, .. } = &request {
             for fd in fds {
-                check_eventfd(fd)?;
+                accept_eventfd(fd)?;
             }
         }
         let mut lines = lock(&self.0);
         let lines = &mut *lines;
-        let some = |start: u32, count: u32| start as usize..(start + count) as usize;
         match request {
             IrqRequest::DisableAll => {
                 for line in lines {
                     (line.eventfd, line.masked) = (None, false);
                 }
             }
-            IrqRequest::Deassign { start, count } => {
-                for line in &mut lines[some(start, count)] {
-                    line.eventfd = None;
-                }
-            }
             IrqRequest::Assign { start, fds } => {
-                for (line, fd) in lines[start as usize..].iter_mut().zip(fds) {
-                    line.eventfd = Some(fd);
+                for (line, fd) in lines.iter_mut().skip(start as usize).zip(fds) {
+                    line.eventfd = Some(File::from(fd));
                     line.settle();
                 }
             }
-            IrqRequest::Trigger { start, count } => {
-                for line in &lines[some(start, count)] {
+            IrqRequest::Deassign { vectors } => {
+                chosen(lines, &vectors).for_each(|line| line.eventfd = None);
+            }
+            IrqRequest::Trigger { vectors } => {
+                for line in chosen(lines, &vectors) {
                     line.signal();
                 }
             }
-            IrqRequest::Mask {
-                start,
-                count,
-                masked,
-            } => {
-                for line in &mut lines[some(start, count)] {
+            IrqRequest::Mask { vectors, masked } => {
+                for line in chosen(lines, &vectors) {
                     line.masked = masked;
                     line.settle();
                 }
@@ -115,14 +116,19 @@ impl Interrupts for Irqs {
     }
 }
 
-/// Anything else, a full pipe for instance, might block the device.
-fn check_eventfd(fd: &File) -> io::Result<()> {
+/// Anything else, a full pipe for instance, might block the device; so might an event fd whose
+/// counter the client has put to its end, unless it does not block.
+fn accept_eventfd(fd: &OwnedFd) -> io::Result<()> {
     let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
-    match link.to_string_lossy().contains("[eventfd]") {
-        true => Ok(()),
-        false => Err(io::Error::new(
+    if !link.to_string_lossy().contains("[eventfd]") {
+        return Err(io::Error::new(
             io::ErrorKind::InvalidInput,
             "a vector needs an event fd",
-        )),
+        ));
     }
+    let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
+    if !flags.contains(OFlag::O_NONBLOCK) {
+        fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    }
+    Ok(())
 }

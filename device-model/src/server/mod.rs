@@ -4,41 +4,55 @@
 //! message is answered when the first client has left. A client that leaves, or dies, leaves a
 //! device that is stopped: when the next one is served, nothing reaches the memory of the one
 //! before. A client that breaks the protocol ends its own session and nothing else.
+//!
+//! Several sockets have a device each, and clients that know nothing of each other.
 
+mod arguments;
+mod connection;
+mod dispatch;
+mod inherited_unsafe;
 mod irqs;
+mod listener;
 mod memory_map;
+mod protocol;
 mod report;
 mod session;
 mod transport;
+mod vfio_user;
 
 use std::fs::OpenOptions;
 use std::io::Write;
-use std::os::unix::fs::FileTypeExt;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::config::{Config, ConfigError};
-use report::Report;
+pub use arguments::{Arguments, ArgumentsError};
+pub use listener::Address;
+use listener::Listener;
+use report::{Report, Sink};
 use session::Session;
-use transport::{Transport, VfioUser};
+use transport::{Ended, Transport};
+use vfio_user::{Link, VfioUser};
 
 /// What to serve, and where.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
-    /// The socket; made here, and removed at the end.
-    pub socket: PathBuf,
+    /// Where clients come from; each has a device of its own.
+    pub at: Vec<Address>,
     /// Where stale accesses and the summary go, one JSON object a line; emptied first.
     pub report: Option<PathBuf>,
-    /// The device.
+    /// The devices.
     pub config: Config,
-    /// Return when the first client has left, rather than wait for the next.
+    /// Return when the first client of each has left, rather than wait for the next.
     pub once: bool,
 }
 
 /// Why there is nothing to connect to.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    /// No address is given.
+    #[error("no socket to serve: give a path (--socket-path) or a file descriptor (--fd)")]
+    Nowhere,
     /// Another server is there.
     #[error("{} is in use: stop the process that serves it, or give another path", .0.display())]
     InUse(PathBuf),
@@ -51,7 +65,15 @@ pub enum Error {
         /// Its path.
         path: PathBuf,
         /// Why.
-        source: Box<dyn std::error::Error + Send + Sync>,
+        source: std::io::Error,
+    },
+    /// The inherited file descriptor is of no use.
+    #[error("cannot serve file descriptor {fd}")]
+    Inherited {
+        /// Its number.
+        fd: std::os::fd::RawFd,
+        /// Why.
+        source: std::io::Error,
     },
     /// The report cannot be written.
     #[error("cannot write the report {}", path.display())]
@@ -69,22 +91,36 @@ pub enum Error {
     Threads(#[source] std::io::Error),
     /// No more clients can be accepted.
     #[error("cannot accept a client")]
-    Accept(#[source] Box<dyn std::error::Error + Send + Sync>),
+    Accept(#[source] std::io::Error),
+    /// The device itself has failed, with `once`.
+    #[error("{0}")]
+    Failed(String),
 }
 
 /// A server that listens.
+#[derive(Debug)]
 pub struct Server {
     options: Options,
-    transport: VfioUser,
+    places: Vec<Place>,
+}
+
+/// One of its sockets.
+#[derive(Debug)]
+struct Place {
+    name: String,
+    listener: Listener,
     report: Arc<Report>,
 }
 
 impl Server {
-    /// Makes the socket: from here on a client can connect, and is served by [`Server::serve`].
+    /// Makes the sockets: from here on clients can connect, and are served by [`Server::serve`].
     pub fn bind(options: Options) -> Result<Self, Error> {
         options.config.check()?;
-        let report = match &options.report {
-            None => Report::new(Box::new(std::io::sink())),
+        if options.at.is_empty() {
+            return Err(Error::Nowhere);
+        }
+        let sink = match &options.report {
+            None => Sink::new(Box::new(std::io::sink())),
             Some(path) => {
                 let file = OpenOptions::new()
                     .create(true)
@@ -95,68 +131,101 @@ impl Server {
                         path: path.clone(),
                         source,
                     })?;
-                Report::new(Box::new(file))
+                Sink::new(Box::new(file))
             }
         };
         for warning in options.config.warnings() {
             eprintln!("extlb-device: warning: the device is broken on purpose: {warning}");
         }
-        remove_stale(&options.socket)?;
-        let transport = VfioUser::bind(&options.socket).map_err(|source| Error::Bind {
-            path: options.socket.clone(),
-            source,
-        })?;
-        Ok(Self {
-            options,
-            transport,
-            report: Arc::new(report),
+        let open = |address: &Address| {
+            let name = address.to_string();
+            Ok(Place {
+                listener: Listener::open(address)?,
+                report: Arc::new(Report::new(sink.clone(), &name)),
+                name,
+            })
+        };
+        let places = options.at.iter().map(open).collect::<Result<_, Error>>()?;
+        Ok(Self { options, places })
+    }
+
+    /// Serves clients, one after the other at each socket; with `once`, one at each. Returns when
+    /// all sockets are through, with the first error of any.
+    pub fn serve(&self) -> Result<(), Error> {
+        if let [place] = &self.places[..] {
+            return self.serve_at(place);
+        }
+        std::thread::scope(|scope| {
+            let start = |place| {
+                let thread = std::thread::Builder::new().name("device".into());
+                thread.spawn_scoped(scope, move || {
+                    let served = self.serve_at(place);
+                    if let Err(error) = &served {
+                        eprintln!("extlb-device: {}: not served any more: {error}", place.name);
+                    }
+                    served
+                })
+            };
+            let threads: Vec<_> = self.places.iter().map(start).collect();
+            let ends = threads.into_iter().map(|thread| match thread {
+                Ok(thread) => thread
+                    .join()
+                    .unwrap_or_else(|_| Err(Error::Failed("the server has failed".into()))),
+                Err(error) => Err(Error::Threads(error)),
+            });
+            // All are waited for.
+            ends.collect::<Vec<_>>().into_iter().collect()
         })
     }
 
-    /// Serves clients, one after the other; with `once`, one.
-    pub fn serve(&self) -> Result<(), Error> {
-        loop {
-            let mut session = Session::new(self.options.config.clone(), self.report.clone())?;
-            // On a thread of its own: what the protocol crate panics on is the client's doing,
-            // and ends this session only.
+    fn serve_at(&self, place: &Place) -> Result<(), Error> {
+        let name = &place.name;
+        while let Some(stream) = place.listener.accept().map_err(Error::Accept)? {
+            let link = Link::new(stream);
+            let config = self.options.config.clone();
+            let mut session = Session::new(config, place.report.clone(), &link)?;
+            let transport = VfioUser {
+                link,
+                name: name.clone(),
+            };
+            // On a thread of its own: nothing that a client sends is known to make it panic; if
+            // something does, it ends this session only.
             let ended = std::thread::scope(|scope| {
                 let thread = std::thread::Builder::new().name("session".into());
                 thread
-                    .spawn_scoped(scope, || self.transport.serve(&mut session))
+                    .spawn_scoped(scope, || transport.serve(&mut session))
                     .map(|handle| handle.join())
             });
-            self.report.summary(session.end());
-            match ended.map_err(Error::Threads)? {
-                Ok(Ok(())) => {}
-                Ok(Err(transport::Ended::Client(error))) => {
-                    eprintln!("extlb-device: the client's session ended with an error: {error}");
+            // Before the socket is closed: who finds it closed finds the report as well.
+            place.report.summary(session.end());
+            drop(transport);
+            let failed = match ended.map_err(Error::Threads)? {
+                Ok(Ok(())) => None,
+                Ok(Err(Ended::Here(why))) => Some(why),
+                Ok(Err(error)) => {
+                    eprintln!("extlb-device: {name}: the client's session has ended: {error}");
+                    None
                 }
-                Ok(Err(transport::Ended::Listener(error))) => return Err(Error::Accept(error)),
-                Err(_) => eprintln!("extlb-device: the client broke the protocol; session ended"),
+                Err(_) => Some("the session's thread has panicked".into()),
+            };
+            if let Some(why) = &failed {
+                eprintln!(
+                    "extlb-device: {name}: the session has ended, the device has failed: {why}"
+                );
             }
-            if self.options.once {
-                return Ok(());
+            match failed {
+                Some(why) if self.options.once => return Err(Error::Failed(why)),
+                _ if self.options.once => return Ok(()),
+                _ => {}
             }
         }
+        Ok(())
     }
 }
 
-/// Makes the socket and serves; see [`Options`].
+/// Makes the sockets and serves; see [`Options`].
 pub fn run(options: Options) -> Result<(), Error> {
     Server::bind(options)?.serve()
-}
-
-/// A socket that a server left behind when it was killed is in the way of the next.
-fn remove_stale(path: &Path) -> Result<(), Error> {
-    match std::fs::symlink_metadata(path) {
-        Err(_) => Ok(()),
-        Ok(meta) if !meta.file_type().is_socket() => Err(Error::NotSocket(path.into())),
-        Ok(_) if UnixStream::connect(path).is_ok() => Err(Error::InUse(path.into())),
-        Ok(_) => std::fs::remove_file(path).map_err(|source| Error::Bind {
-            path: path.into(),
-            source: source.into(),
-        }),
-    }
 }
 
 /// QEMU's arguments that attach the device. The guest's RAM must be shared as well, for instance
@@ -169,9 +238,10 @@ pub fn qemu_args(socket: &Path) -> Vec<String> {
     vec!["-device".into(), device.to_string()]
 }
 
-/// Says on standard output that the server is ready; for the binary.
-pub fn announce(socket: &Path) {
+/// Says on standard output that the server is ready, a line for each address; for binaries.
+pub fn announce(at: &[Address]) {
+    let text: String = at.iter().map(|at| format!("listening on {at}\n")).collect();
     let mut out = std::io::stdout();
     // Nobody may be listening; that is no reason not to serve.
-    let _ = writeln!(out, "listening on {}", socket.display()).and_then(|()| out.flush());
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
 }

@@ -1,8 +1,9 @@
 //! The log: one JSON object a line in the report, each flushed, so that it holds what happened
 //! even if the process is killed; and the same in words on standard error.
 
+use std::fmt;
 use std::io::Write;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use extlb_spec::Gpa;
@@ -60,8 +61,17 @@ impl Pace {
     }
 }
 
+/// Where all devices' lines go.
+#[derive(Clone)]
+pub(super) struct Sink(Arc<Mutex<Box<dyn Write + Send>>>);
+
+impl Sink {
+    pub(super) fn new(out: Box<dyn Write + Send>) -> Self {
+        Self(Arc::new(Mutex::new(out)))
+    }
+}
+
 struct Inner {
-    out: Box<dyn Write + Send>,
     lines: u64,
     bus_lines: u64,
     faults: u64,
@@ -69,31 +79,47 @@ struct Inner {
     pace: Pace,
 }
 
-/// Writes events.
-pub(super) struct Report(Mutex<Inner>);
+/// Writes the events of one device, which each line names.
+pub(super) struct Report {
+    sink: Sink,
+    device: String,
+    inner: Mutex<Inner>,
+}
 
 impl Report {
-    pub(super) fn new(out: Box<dyn Write + Send>) -> Self {
-        Self(Mutex::new(Inner {
-            out,
-            lines: 0,
-            bus_lines: 0,
-            faults: 0,
-            left_out: 0,
-            pace: Pace::new(Instant::now()),
-        }))
+    pub(super) fn new(sink: Sink, device: &str) -> Self {
+        Self {
+            sink,
+            device: device.to_owned(),
+            inner: Mutex::new(Inner {
+                lines: 0,
+                bus_lines: 0,
+                faults: 0,
+                left_out: 0,
+                pace: Pace::new(Instant::now()),
+            }),
+        }
+    }
+
+    fn write(&self, mut line: Value) {
+        if let Value::Object(fields) = &mut line {
+            fields.insert("device".into(), self.device.as_str().into());
+        }
+        let mut out = lock(&self.sink.0);
+        // A report that cannot be written must not stop the device; the registers have it too.
+        let _ = writeln!(out, "{line}").and_then(|()| out.flush());
     }
 
     /// The end of a session.
     pub(super) fn summary(&self, totals: Totals) {
-        let mut inner = lock(&self.0);
+        let mut inner = lock(&self.inner);
         let mut line = serde_json::to_value(totals).unwrap_or_default();
         if let Value::Object(fields) = &mut line {
             fields.insert("event".into(), "summary".into());
             fields.insert("faults_injected".into(), inner.faults.into());
             fields.insert("events_left_out".into(), inner.left_out.into());
         }
-        inner.write(&line);
+        self.write(line);
         inner.lines = 0;
         inner.bus_lines = 0;
         inner.faults = 0;
@@ -101,18 +127,19 @@ impl Report {
     }
 }
 
-impl Inner {
-    fn write(&mut self, line: &Value) {
-        // A report that cannot be written must not stop the device; the registers have it too.
-        let _ = writeln!(self.out, "{line}").and_then(|()| self.out.flush());
+impl fmt::Debug for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Report")
+            .field("device", &self.device)
+            .finish_non_exhaustive()
     }
 }
 
 impl Trace for Report {
     fn event(&self, event: Event) {
-        let mut inner = lock(&self.0);
+        let mut inner = lock(&self.inner);
         if let Some(silent) = inner.pace.take(Instant::now()) {
-            say(&event, silent);
+            say(&self.device, &event, silent);
         }
         let bus = u64::from(matches!(event, Event::BusError { .. } | Event::Stopped(_)));
         let fault = u64::from(matches!(event, Event::Injected(_)));
@@ -125,17 +152,17 @@ impl Trace for Report {
         }
         inner.lines += 1;
         inner.bus_lines += bus;
-        inner.write(&line(&event));
+        self.write(line(&event));
     }
 }
 
 /// Standard error may be closed; that is no reason to stop.
-fn say(event: &Event, silent: u64) {
+fn say(device: &str, event: &Event, silent: u64) {
     let mut err = std::io::stderr().lock();
     if silent > 0 {
-        let _ = writeln!(err, "extlb-device: {silent} events are not shown");
+        let _ = writeln!(err, "extlb-device: {device}: {silent} events are not shown");
     }
-    let _ = writeln!(err, "extlb-device: {event}");
+    let _ = writeln!(err, "extlb-device: {device}: {event}");
 }
 
 fn line(event: &Event) -> Value {

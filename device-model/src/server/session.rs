@@ -4,13 +4,14 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
-use extlb_spec::{BAR_MSIX, MSIX_PBA_OFFSET};
+use extlb_spec::{BAR_MSIX, BAR_REGS, MSIX_PBA_OFFSET, regs};
 
 use super::Error;
 use super::irqs::Irqs;
 use super::memory_map::MemoryMap;
 use super::report::Report;
 use super::transport::{Endpoint, IrqRequest, Region};
+use super::vfio_user::Link;
 use crate::fault::Interposed;
 use crate::memory::{Removed, Rights};
 use crate::pci::ConfigSpace;
@@ -29,10 +30,20 @@ pub(super) struct Session {
 }
 
 impl Session {
-    pub(super) fn new(config: Config, report: Arc<Report>) -> Result<Self, Error> {
+    /// A fresh device for the client at the other end of `link`.
+    pub(super) fn new(
+        config: Config,
+        report: Arc<Report>,
+        link: &Arc<Link>,
+    ) -> Result<Self, Error> {
         let ram = GuestRam::default();
         let irqs = Arc::new(Irqs::default());
         let bell = Bell::new();
+        let broken = link.clone();
+        bell.on_panic(Box::new(move |thread| {
+            // A device that does nothing more, and does not say so, is worse than one that is gone.
+            broken.fail(format!("its thread {thread} has panicked"));
+        }));
         let ports = Ports {
             memory: Arc::new(ram.clone()),
             interrupts: irqs.clone(),
@@ -108,6 +119,17 @@ impl Endpoint for Session {
         Ok(())
     }
 
+    fn may_be_posted(&self, region: Region, offset: u64, data: &[u8]) -> bool {
+        match region {
+            Region::Config => {
+                let effect = self.pci.clone().write(offset, data);
+                effect.bus_master != Some(false) && !effect.reset
+            }
+            // The control register can stop the device.
+            Region::Bar(bar) => bar != BAR_REGS || offset != regs::CTRL.offset,
+        }
+    }
+
     fn map(
         &mut self,
         at: u64,
@@ -118,20 +140,15 @@ impl Endpoint for Session {
     ) -> io::Result<()> {
         let mapped = match file {
             Some(file) => self.map.map(at, len, rights, file, offset),
-            // Nothing that a device can reach.
-            None => return Ok(()),
+            // Nothing that a device can reach, where there may have been something.
+            None => return self.unmap(Some((at, len))),
         };
-        match mapped {
-            Ok(replaced) => {
-                self.settle(replaced);
-                Ok(())
-            }
-            // The protocol crate cannot tell the client why; so say it here.
-            Err(error) => {
-                eprintln!("extlb-device: guest memory at {at:#x}, {len:#x} bytes: {error}");
-                Err(error)
-            }
-        }
+        let replaced = mapped.map_err(|error| {
+            let why = format!("guest memory at {at:#x}, {len:#x} bytes: {error}");
+            io::Error::new(error.kind(), why)
+        })?;
+        self.settle(replaced);
+        Ok(())
     }
 
     fn unmap(&mut self, range: Option<(u64, u64)>) -> io::Result<()> {

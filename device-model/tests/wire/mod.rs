@@ -1,6 +1,8 @@
 //! A client of the server over a real socket, with a context whose page table it writes itself.
 #![allow(dead_code)] // each test file uses its part
 
+pub mod client;
+
 use std::fs::File;
 use std::mem::offset_of;
 use std::os::fd::AsRawFd;
@@ -9,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use client::Client;
 use extlb_device::Config;
 use extlb_device::server::{Options, Server};
 use extlb_spec::context::{ContextEntry, ContextShadow, flags};
@@ -17,7 +20,6 @@ use extlb_spec::pte::Pte;
 use extlb_spec::regs::{self, Register};
 use extlb_spec::work::{Completion, Descriptor};
 use extlb_spec::{BAR_DOORBELLS, BAR_REGS, Gpa};
-use vfio_user::Client;
 
 /// Region of the configuration space.
 pub const CONFIG: u32 = 7;
@@ -48,7 +50,7 @@ impl Served {
         let folder = tempfile::tempdir().expect("a folder");
         let socket = folder.path().join("device.sock");
         let server = Server::bind(Options {
-            socket: socket.clone(),
+            at: vec![socket.clone().into()],
             report: Some(folder.path().join("report.json")),
             config,
             once,
@@ -104,7 +106,7 @@ impl Wire {
     /// Connects. RAM is not mapped yet.
     pub fn connect(socket: &Path) -> Self {
         Self {
-            client: Client::new(socket).expect("connects"),
+            client: Client::new(socket),
             ram: memory(RAM),
             iq_tail: 0,
             submitted: 0,
@@ -114,7 +116,7 @@ impl Wire {
     pub fn map(&mut self, at: u64, file: &File, offset: u64, len: u64) {
         self.client
             .dma_map(offset, at, len, file.as_raw_fd())
-            .expect("answered");
+            .expect("mapped");
     }
 
     pub fn map_ram(&mut self) {
