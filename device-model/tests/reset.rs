@@ -162,3 +162,61 @@ fn memory_that_goes_away_is_a_bus_error() {
     assert_eq!(done.status, Status::BusError as u32);
     assert_eq!(done.fault_addr, DST);
 }
+
+/// The interrupt of a completion is part of the access that wrote the record: none comes late.
+#[test]
+fn stops_wait_for_the_interrupt_of_a_completion() {
+    type Stop = fn(&dyn extlb_device::Core);
+    let stops: [Stop; 2] = [|d| d.reset(), |d| d.set_bus_master(false)];
+    for stop in stops {
+        let guest = Guest::new();
+        let process = guest.process(1);
+        let (send, stopping) = std::sync::mpsc::channel();
+        let device = guest.device.clone();
+        guest.vectors.look(move |vector| {
+            assert_eq!(vector, Vector::Completion);
+            let device = device.clone();
+            let stopped = std::thread::spawn(move || stop(&*device));
+            for _ in 0..100 {
+                assert!(!stopped.is_finished());
+                std::thread::yield_now();
+            }
+            send.send(stopped).unwrap();
+        });
+        let asked = Descriptor {
+            flags: extlb_spec::work::flags::INTERRUPT,
+            ..Default::default()
+        };
+        let n = process.submit(asked);
+        process.ring(&guest);
+        guest.device.engine_step();
+        stopping.recv().unwrap().join().unwrap();
+        assert_eq!(process.status(n), Some(Status::Success));
+        assert_eq!(guest.vectors.count(Vector::Completion), 1);
+    }
+}
+
+/// What a stop is told as, once each, and only if there was something to stop.
+#[test]
+fn stops_are_told() {
+    use extlb_device::ports::{Event, Stop};
+    let guest = Guest::new();
+    guest.device.set_bus_master(false);
+    guest.device.set_bus_master(false);
+    guest.device.set_bus_master(true);
+    guest.set(regs::CTRL, 0);
+    guest.set(regs::CTRL, 0);
+    guest.device.reset();
+    guest.enable();
+    guest.device.reset();
+    guest.device.reset();
+    let events = guest.events.0.lock().unwrap();
+    let stops: Vec<_> = events
+        .iter()
+        .map(|e| match e {
+            Event::Stopped(stop) => *stop,
+            other => panic!("{other}"),
+        })
+        .collect();
+    assert_eq!(stops, [Stop::BusMasterOff, Stop::Disabled, Stop::Reset]);
+}

@@ -167,18 +167,11 @@ impl Device {
                 *next = next.wrapping_add(1);
                 *next
             };
-            {
-                // Expected before it is asked, as the answer may be fast; and not for a context
-                // that was stopped, whose list was cleared under this lock.
-                let mut waiting = lock(&context.waiting);
-                if context.epoch() != work.epoch {
-                    return;
-                }
-                waiting.push(Waiting {
-                    group,
-                    response: None,
-                });
-            }
+            // Expected before it is asked, as the answer may be fast.
+            lock(&context.waiting).push(Waiting {
+                group,
+                response: None,
+            });
             let record = PageRequest {
                 kind: RequestKind::Page as u32,
                 context: context.id,

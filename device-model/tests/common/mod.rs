@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::mem::offset_of;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -53,6 +53,10 @@ pub struct Hooked {
     pub ram: GuestRam,
     hook: Mutex<Option<Hook>>,
     pub accesses: AtomicU64,
+    /// All of RAM has been taken away: every access is a bus error.
+    pub gone: AtomicBool,
+    /// How often a word other than 0 was stored, by address: completions, above all.
+    pub stores: Mutex<HashMap<Gpa, u64>>,
 }
 
 impl Hooked {
@@ -60,9 +64,19 @@ impl Hooked {
         *self.hook.lock().unwrap() = Some(Box::new(hook));
     }
 
-    fn meet(&self, access: Access) {
+    fn meet(&self, access: Access) -> Result<(), BusError> {
         self.accesses.fetch_add(1, Ordering::SeqCst);
         self.look(access);
+        let (Access::Read(addr)
+        | Access::Write(addr)
+        | Access::Copy(addr, _)
+        | Access::Load(addr)
+        | Access::Loaded(addr)
+        | Access::Store(addr)) = access;
+        match self.gone.load(Ordering::SeqCst) {
+            true => Err(BusError { addr, len: 1 }),
+            false => Ok(()),
+        }
     }
 
     fn look(&self, access: Access) {
@@ -82,41 +96,44 @@ impl Hooked {
 
 impl Dma for Hooked {
     fn read(&self, from: Gpa, to: &mut [u8]) -> Result<(), BusError> {
-        self.meet(Access::Read(from));
+        self.meet(Access::Read(from))?;
         self.ram.read(from, to)
     }
     fn write(&self, to: Gpa, from: &[u8]) -> Result<(), BusError> {
-        self.meet(Access::Write(to));
+        self.meet(Access::Write(to))?;
         self.ram.write(to, from)
     }
     fn copy(&self, from: Gpa, to: Gpa, len: usize) -> Result<(), BusError> {
-        self.meet(Access::Copy(from, to));
+        self.meet(Access::Copy(from, to))?;
         self.ram.copy(from, to, len)
     }
     fn load_u32(&self, at: Gpa, order: Ordering) -> Result<u32, BusError> {
-        self.meet(Access::Load(at));
+        self.meet(Access::Load(at))?;
         self.ram.load_u32(at, order)
     }
     fn store_u32(&self, at: Gpa, value: u32, order: Ordering) -> Result<(), BusError> {
-        self.meet(Access::Store(at));
+        self.meet(Access::Store(at))?;
+        if value != 0 {
+            *self.stores.lock().unwrap().entry(at).or_default() += 1;
+        }
         self.ram.store_u32(at, value, order)
     }
     fn load_u64(&self, at: Gpa, order: Ordering) -> Result<u64, BusError> {
-        self.meet(Access::Load(at));
+        self.meet(Access::Load(at))?;
         let value = self.ram.load_u64(at, order);
         self.look(Access::Loaded(at));
         value
     }
     fn store_u64(&self, at: Gpa, value: u64, order: Ordering) -> Result<(), BusError> {
-        self.meet(Access::Store(at));
+        self.meet(Access::Store(at))?;
         self.ram.store_u64(at, value, order)
     }
     fn compare_exchange_u64(&self, at: Gpa, current: u64, new: u64) -> Result<u64, BusError> {
-        self.meet(Access::Store(at));
+        self.meet(Access::Store(at))?;
         self.ram.compare_exchange_u64(at, current, new)
     }
     fn fetch_add_u64(&self, at: Gpa, value: u64) -> Result<u64, BusError> {
-        self.meet(Access::Store(at));
+        self.meet(Access::Store(at))?;
         self.ram.fetch_add_u64(at, value)
     }
 }
@@ -263,6 +280,8 @@ impl Guest {
             ram: ram.clone(),
             hook: Mutex::new(None),
             accesses: AtomicU64::new(0),
+            gone: AtomicBool::new(false),
+            stores: Mutex::default(),
         });
         let (vectors, clock, events) = (
             Arc::new(Vectors::default()),
