@@ -40,6 +40,22 @@ impl<'a> Dispatcher<'a> {
         }
     }
 
+    /// Goes on with a client that has said this of itself, without telling of what is refused.
+    pub(super) fn resume(endpoint: &'a mut dyn Endpoint, client: Option<Capabilities>) -> Self {
+        Self {
+            endpoint,
+            client,
+            post: false,
+            told: MAX_TOLD,
+            name: String::new(),
+        }
+    }
+
+    /// What the client has said of itself.
+    pub(super) fn into_client(self) -> Option<Capabilities> {
+        self.client
+    }
+
     /// What the client can do, once it has said so.
     pub(super) fn client(&self) -> Option<&Capabilities> {
         self.client.as_ref()

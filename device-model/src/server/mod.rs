@@ -10,6 +10,7 @@
 mod arguments;
 mod connection;
 mod dispatch;
+mod fuzz;
 mod inherited_unsafe;
 mod irqs;
 mod listener;
@@ -27,6 +28,8 @@ use std::sync::Arc;
 
 use crate::config::{Config, ConfigError};
 pub use arguments::{Arguments, ArgumentsError};
+#[doc(hidden)]
+pub use fuzz::fuzz_messages;
 pub use listener::Address;
 use listener::Listener;
 use report::{Report, Sink};

@@ -15,51 +15,75 @@ use super::vfio_user::Link;
 use crate::fault::Interposed;
 use crate::memory::{Removed, Rights};
 use crate::pci::ConfigSpace;
-use crate::ports::{Ports, SystemClock};
+use crate::ports::{Ignore, Ports, SystemClock, Trace};
 use crate::runner::{Bell, Runner};
-use crate::{Config, GuestRam, Totals};
+use crate::{Config, GuestRam, Step, Totals};
 
 /// A device, its threads, and what the client has given it.
 pub(super) struct Session {
     device: Interposed,
-    /// Ends the threads when it goes.
-    _runner: Runner,
+    /// Ends the threads when it goes. Without one, the device is stepped by hand.
+    runner: Option<Runner>,
     pci: ConfigSpace,
     map: MemoryMap,
     irqs: Arc<Irqs>,
 }
 
 impl Session {
-    /// A fresh device for the client at the other end of `link`.
+    /// A fresh device with its threads, for the client at the other end of `link`.
     pub(super) fn new(
         config: Config,
         report: Arc<Report>,
         link: &Arc<Link>,
     ) -> Result<Self, Error> {
+        let (mut session, bell) = Self::assemble(config, report)?;
+        let lost = link.clone();
+        let disconnect = move || lost.fail("disconnected by the plan of faults".into());
+        session.device.on_disconnect(disconnect);
+        let link = link.clone();
+        bell.on_panic(Box::new(move |thread| {
+            // A device that does nothing more, and does not say so, is worse than one that is gone.
+            link.fail(format!("its thread {thread} has panicked"));
+        }));
+        let runner = Runner::start(session.device.device(), &bell).map_err(Error::Threads)?;
+        session.runner = Some(runner);
+        Ok(session)
+    }
+
+    /// A fresh device without threads; see [`Session::step`].
+    pub(super) fn stepped(config: Config) -> Result<Self, Error> {
+        Self::assemble(config, Arc::new(Ignore)).map(|(session, _)| session)
+    }
+
+    fn assemble(config: Config, trace: Arc<dyn Trace>) -> Result<(Self, Arc<Bell>), Error> {
         let ram = GuestRam::default();
         let irqs = Arc::new(Irqs::default());
         let bell = Bell::new();
-        let broken = link.clone();
-        bell.on_panic(Box::new(move |thread| {
-            // A device that does nothing more, and does not say so, is worse than one that is gone.
-            broken.fail(format!("its thread {thread} has panicked"));
-        }));
         let ports = Ports {
             memory: Arc::new(ram.clone()),
             interrupts: irqs.clone(),
             clock: Arc::new(SystemClock::default()),
-            trace: report,
+            trace,
             wake: bell.clone(),
         };
-        let device = Interposed::new(config, ports)?;
-        let runner = Runner::start(device.device(), &bell).map_err(Error::Threads)?;
-        Ok(Self {
-            device,
-            _runner: runner,
+        let session = Self {
+            device: Interposed::new(config, ports)?,
+            runner: None,
             pci: ConfigSpace::new(),
             map: MemoryMap::new(ram),
             irqs,
-        })
+        };
+        Ok((session, bell))
+    }
+
+    /// Lets a device without threads work, though not for long.
+    pub(super) fn step(&self) {
+        for _ in 0..8 {
+            let steps = [self.device.engine_step(), self.device.invalidation_step()];
+            if steps == [Step::Idle; 2] {
+                break;
+            }
+        }
     }
 
     /// Stops the device, and says what it has done.

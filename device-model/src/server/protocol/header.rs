@@ -93,7 +93,6 @@ impl Header {
     }
 
     /// The error of a reply, if it is one of an error.
-    #[allow(dead_code)]
     pub(in crate::server) fn error(&self) -> Option<Errno> {
         let errno = i32::try_from(self.error).map_or(Errno::UnknownErrno, Errno::from_raw);
         (self.flags & ERROR != 0).then_some(errno)
@@ -110,7 +109,6 @@ fn whole(header: Header, body: &[u8]) -> Vec<u8> {
 }
 
 /// A command of ours.
-#[allow(dead_code)]
 pub(in crate::server) fn message(id: u16, command: u16, body: &[u8]) -> Vec<u8> {
     let header = Header {
         id,

@@ -10,7 +10,7 @@ mod request;
 
 pub(super) use capabilities::{Capabilities, offer, version_reply};
 pub(super) use errno::errno_of;
-pub(super) use header::{Header, command, error_reply, reply};
+pub(super) use header::{Header, command, error_reply, message, reply};
 pub(super) use request::{IrqAction, IrqData, Request, RequestError, SetIrqs, WriteOne, invalid};
 
 /// The most bytes that one message may read or write of a region: the protocol's default, which a
