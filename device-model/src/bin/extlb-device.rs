@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use extlb_device::fault;
+use extlb_device::record::command;
 use extlb_device::server::{Address, Arguments, Server, announce, qemu_args};
 
 /// Serves extlb devices over vfio-user, one at each socket.
@@ -20,7 +21,9 @@ use extlb_device::server::{Address, Arguments, Server, announce, qemu_args};
 /// and [[fault]], which break the device on purpose, for tests.
 ///
 /// Exit codes: 0 done (--once), 1 it could not be served or the device has failed, 2 usage.
+/// Of replay: 0 the same, 1 something else happened, or the file is damaged.
 #[derive(Parser, Debug)]
+#[command(args_conflicts_with_subcommands = true)]
 #[command(version, verbatim_doc_comment, after_long_help = fault::help())]
 struct CommandLine {
     #[command(flatten)]
@@ -28,6 +31,14 @@ struct CommandLine {
     /// Print QEMU's arguments for these sockets, and end.
     #[arg(long)]
     print_qemu_args: bool,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(clap::Subcommand, Debug)]
+enum Command {
+    /// Does a recorded run (--record) again, without guest, memory or clock, and compares.
+    Replay(command::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -47,6 +58,9 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &CommandLine) -> Result<(), Box<dyn std::error::Error>> {
+    if let Some(Command::Replay(replay)) = &arguments.command {
+        return Ok(command::run(replay, std::io::stdout())?);
+    }
     let options = arguments.server.options(None)?;
     if arguments.print_qemu_args {
         for at in &options.at {

@@ -22,6 +22,7 @@
 //! about 20 bytes for each page. An operation of 64 bytes takes about 200 bytes. While the device
 //! polls, some 50 bytes for each look: a small `poll_us` keeps that down.
 
+pub mod command;
 mod entry;
 mod listing;
 mod log;

@@ -48,6 +48,17 @@ impl Wake for Flag {
     }
 }
 
+/// Sounds the alarm when its thread unwinds.
+struct Watch(Box<dyn Fn(&str) + Send + Sync>);
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0(std::thread::current().name().unwrap_or("unnamed"));
+        }
+    }
+}
+
 /// Steps a recorded device, in place of [`crate::runner::Runner`]; ends when it is dropped.
 #[derive(Debug)]
 pub struct Pacer {
@@ -56,16 +67,21 @@ pub struct Pacer {
 }
 
 impl Pacer {
-    /// Starts the thread. `flag` must be the device's wake port, and `clock` its clock.
+    /// Starts the thread. `flag` must be the device's wake port, and `clock` its clock; `alarm` is
+    /// told the thread's name if it panics.
     pub fn start(
         recorder: &Arc<Recorder>,
         flag: &Arc<Flag>,
         clock: Arc<dyn Clock>,
+        alarm: Box<dyn Fn(&str) + Send + Sync>,
     ) -> std::io::Result<Self> {
         let (recorder, its) = (recorder.clone(), flag.clone());
         let thread = std::thread::Builder::new()
             .name("recorded".into())
-            .spawn(move || pace(&recorder, &its, &*clock))?;
+            .spawn(move || {
+                let _watch = Watch(alarm);
+                pace(&recorder, &its, &*clock);
+            })?;
         Ok(Self {
             flag: flag.clone(),
             thread: Some(thread),

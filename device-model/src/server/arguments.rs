@@ -22,6 +22,10 @@ pub struct Arguments {
     /// Write stale accesses, errors and a summary of each client here, one JSON object a line.
     #[arg(long, value_name = "FILE")]
     pub report: Option<PathBuf>,
+    /// Record the run of the first client's device here, to be replayed by `extlb-device replay`;
+    /// those of later clients in files beside it, named .2, .3 and so on. Slows the device.
+    #[arg(long, value_name = "FILE")]
+    pub record: Option<PathBuf>,
     /// Read the configuration of the devices here (TOML).
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -86,6 +90,7 @@ impl Arguments {
         Ok(Options {
             at,
             report: self.report.clone(),
+            record: self.record.clone(),
             config,
             once: self.once,
         })

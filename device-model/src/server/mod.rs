@@ -10,6 +10,7 @@
 mod arguments;
 mod connection;
 mod dispatch;
+mod driven;
 mod fuzz;
 mod inherited_unsafe;
 mod irqs;
@@ -21,12 +22,14 @@ mod session;
 mod transport;
 mod vfio_user;
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::config::{Config, ConfigError};
+use crate::record::RecordError;
 pub use arguments::{Arguments, ArgumentsError};
 #[doc(hidden)]
 pub use fuzz::fuzz_messages;
@@ -44,6 +47,10 @@ pub struct Options {
     pub at: Vec<Address>,
     /// Where stale accesses and the summary go, one JSON object a line; emptied first.
     pub report: Option<PathBuf>,
+    /// Where the run of the first client's device goes, for [`crate::record::replay`]; those of
+    /// later clients go to files beside it, with `.2`, `.3` and so on at the end of the name. One
+    /// thread drives each device then.
+    pub record: Option<PathBuf>,
     /// The devices.
     pub config: Config,
     /// Return when the first client of each has left, rather than wait for the next.
@@ -86,6 +93,17 @@ pub enum Error {
         /// Why.
         source: std::io::Error,
     },
+    /// A run cannot be recorded.
+    #[error("cannot record to {}", path.display())]
+    Record {
+        /// Its file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Likewise.
+    #[error(transparent)]
+    Recorder(#[from] RecordError),
     /// The device cannot have this configuration.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -105,6 +123,8 @@ pub enum Error {
 pub struct Server {
     options: Options,
     places: Vec<Place>,
+    /// Runs recorded so far.
+    recorded: AtomicU32,
 }
 
 /// One of its sockets.
@@ -149,7 +169,11 @@ impl Server {
             })
         };
         let places = options.at.iter().map(open).collect::<Result<_, Error>>()?;
-        Ok(Self { options, places })
+        Ok(Self {
+            options,
+            places,
+            recorded: AtomicU32::new(0),
+        })
     }
 
     /// Serves clients, one after the other at each socket; with `once`, one at each. Returns when
@@ -181,12 +205,28 @@ impl Server {
         })
     }
 
+    /// A file for the run of the next client's device, if it is to be recorded.
+    fn record(&self) -> Result<Option<Box<dyn Write + Send>>, Error> {
+        let Some(path) = &self.options.record else {
+            return Ok(None);
+        };
+        let mut path = path.clone();
+        let number = self.recorded.fetch_add(1, Ordering::Relaxed) + 1;
+        if number > 1 {
+            path.as_mut_os_string().push(format!(".{number}"));
+        }
+        match File::create(&path) {
+            Ok(file) => Ok(Some(Box::new(file))),
+            Err(source) => Err(Error::Record { path, source }),
+        }
+    }
+
     fn serve_at(&self, place: &Place) -> Result<(), Error> {
         let name = &place.name;
         while let Some(stream) = place.listener.accept().map_err(Error::Accept)? {
             let link = Link::new(stream);
             let config = self.options.config.clone();
-            let mut session = Session::new(config, place.report.clone(), &link)?;
+            let mut session = Session::new(config, place.report.clone(), &link, self.record()?)?;
             let transport = VfioUser {
                 link,
                 name: name.clone(),

@@ -1,79 +1,67 @@
 //! One client's device.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::sync::Arc;
 
 use extlb_spec::{BAR_MSIX, BAR_REGS, MSIX_PBA_OFFSET, regs};
 
 use super::Error;
+use super::driven::Driven;
 use super::irqs::Irqs;
 use super::memory_map::MemoryMap;
 use super::report::Report;
 use super::transport::{Endpoint, IrqRequest, Region};
 use super::vfio_user::Link;
-use crate::fault::Interposed;
 use crate::memory::{Removed, Rights};
 use crate::pci::ConfigSpace;
 use crate::ports::{Ignore, Ports, SystemClock, Trace};
-use crate::runner::{Bell, Runner};
 use crate::{Config, GuestRam, Step, Totals};
 
 /// A device, its threads, and what the client has given it.
 pub(super) struct Session {
-    device: Interposed,
-    /// Ends the threads when it goes. Without one, the device is stepped by hand.
-    runner: Option<Runner>,
+    device: Driven,
     pci: ConfigSpace,
     map: MemoryMap,
     irqs: Arc<Irqs>,
 }
 
 impl Session {
-    /// A fresh device with its threads, for the client at the other end of `link`.
+    /// A fresh device with its threads, for the client at the other end of `link`; recorded, if
+    /// there is a place for it.
     pub(super) fn new(
         config: Config,
         report: Arc<Report>,
         link: &Arc<Link>,
+        record: Option<Box<dyn Write + Send>>,
     ) -> Result<Self, Error> {
-        let (mut session, bell) = Self::assemble(config, report)?;
-        let lost = link.clone();
-        let disconnect = move || lost.fail("disconnected by the plan of faults".into());
-        session.device.on_disconnect(disconnect);
-        let link = link.clone();
-        bell.on_panic(Box::new(move |thread| {
-            // A device that does nothing more, and does not say so, is worse than one that is gone.
-            link.fail(format!("its thread {thread} has panicked"));
-        }));
-        let runner = Runner::start(session.device.device(), &bell).map_err(Error::Threads)?;
-        session.runner = Some(runner);
-        Ok(session)
+        Self::around(report, |ports| Driven::new(config, ports, link, record))
     }
 
     /// A fresh device without threads; see [`Session::step`].
     pub(super) fn stepped(config: Config) -> Result<Self, Error> {
-        Self::assemble(config, Arc::new(Ignore)).map(|(session, _)| session)
+        Self::around(Arc::new(Ignore), |ports| Driven::stepped(config, ports))
     }
 
-    fn assemble(config: Config, trace: Arc<dyn Trace>) -> Result<(Self, Arc<Bell>), Error> {
+    fn around(
+        trace: Arc<dyn Trace>,
+        device: impl FnOnce(Ports) -> Result<Driven, Error>,
+    ) -> Result<Self, Error> {
         let ram = GuestRam::default();
         let irqs = Arc::new(Irqs::default());
-        let bell = Bell::new();
         let ports = Ports {
             memory: Arc::new(ram.clone()),
             interrupts: irqs.clone(),
             clock: Arc::new(SystemClock::default()),
             trace,
-            wake: bell.clone(),
+            wake: Arc::new(Ignore),
         };
-        let session = Self {
-            device: Interposed::new(config, ports)?,
-            runner: None,
+        Ok(Self {
+            device: device(ports)?,
             pci: ConfigSpace::new(),
             map: MemoryMap::new(ram),
             irqs,
-        };
-        Ok((session, bell))
+        })
     }
 
     /// Lets a device without threads work, though not for long.
@@ -91,6 +79,7 @@ impl Session {
         // Differences whose time is over by now count; the others are nobody's any more.
         self.device.invalidation_step();
         self.device.reset();
+        self.device.finish();
         self.device.totals()
     }
 

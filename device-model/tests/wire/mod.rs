@@ -47,6 +47,15 @@ pub struct Served {
 
 impl Served {
     pub fn new(config: Config, once: bool) -> Self {
+        Self::with(config, once, false)
+    }
+
+    /// A server for one client, which records its run in the file `run` of the folder.
+    pub fn recorded(config: Config) -> Self {
+        Self::with(config, true, true)
+    }
+
+    fn with(config: Config, once: bool, record: bool) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let socket = folder.path().join("device.sock");
         let server = Server::bind(Options {
@@ -54,6 +63,7 @@ impl Served {
             report: Some(folder.path().join("report.json")),
             config,
             once,
+            record: record.then(|| folder.path().join("run")),
         })
         .expect("listens");
         let thread = std::thread::spawn(move || server.serve().expect("serves"));
