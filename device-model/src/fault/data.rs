@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use extlb_spec::{Gpa, PAGE_SIZE};
+use extlb_spec::Gpa;
 
 use super::alarm::Job;
 use super::card::{Card, delay};
@@ -21,7 +21,9 @@ impl Card {
         }
         self.under_way("read", from, to.len());
         self.ports.memory.read(from, to)?;
-        self.poison("read", from, to);
+        if let Some((index, mask)) = self.poison("read", from, to.len()) {
+            to[index] ^= mask;
+        }
         Ok(())
     }
 
@@ -30,20 +32,20 @@ impl Card {
             return self.ports.memory.write(to, from);
         }
         self.under_way("write", to, from.len());
+        let Some((index, mask)) = self.poison("write", to, from.len()) else {
+            return self.ports.memory.write(to, from);
+        };
         let mut bytes = from.to_vec();
-        self.poison("write", to, &mut bytes);
+        bytes[index] ^= mask;
         self.ports.memory.write(to, &bytes)
     }
 
     pub(super) fn copy_data(&self, from: Gpa, to: Gpa, len: usize) -> Result<(), BusError> {
         self.under_way("copy", to, len);
         self.ports.memory.copy(from, to, len)?;
-        let mut bytes = [0; PAGE_SIZE as usize];
-        // Which byte is decided on zeros, as nobody may want the fault; then that one is turned.
-        let Some(bytes) = bytes.get_mut(..len).filter(|bytes| !bytes.is_empty()) else {
-            return Ok(());
-        };
-        if let Some((index, mask)) = self.poison("copy", to, bytes) {
+        if len > 0
+            && let Some((index, mask)) = self.poison("copy", to, len)
+        {
             let at = Gpa(to.0 + index as u64);
             let mut byte = [0];
             self.ports.memory.read(at, &mut byte)?;
@@ -52,14 +54,12 @@ impl Card {
         Ok(())
     }
 
-    /// Flips a bit, perhaps: which byte, and which of its bits.
-    fn poison(&self, what: &str, at: Gpa, bytes: &mut [u8]) -> Option<(usize, u8)> {
-        let to = || describe(what, at, bytes.len());
+    /// Whether a bit is to be flipped: in which byte, and which of its bits.
+    fn poison(&self, what: &str, at: Gpa, len: usize) -> Option<(usize, u8)> {
+        let to = || describe(what, at, len);
         let fired = self.inject(Kind::PoisonData, |_| true, to)?;
-        let bit = (fired.bits % (bytes.len() as u64 * 8)) as usize;
-        let (index, mask) = (bit / 8, 1 << (bit % 8));
-        bytes[index] ^= mask;
-        Some((index, mask))
+        let bit = (fired.bits % (len as u64 * 8)) as usize;
+        Some((bit / 8, 1 << (bit % 8)))
     }
 
     /// A data access is under way: the device has decided where it goes, and nothing has happened.

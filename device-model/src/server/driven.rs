@@ -112,7 +112,7 @@ fn alarm(link: &Arc<Link>) -> Box<dyn Fn(&str) + Send + Sync> {
 
 fn disconnect(link: &Arc<Link>) -> impl Fn() + Send + Sync + use<> {
     let link = link.clone();
-    move || link.fail("disconnected by the plan of faults".into())
+    move || link.hang_up()
 }
 
 impl Deref for Driven {

@@ -29,6 +29,11 @@ impl Link {
         self.connection.hang_up();
     }
 
+    /// Ends the session as if the client had left: the next one is served.
+    pub(super) fn hang_up(&self) {
+        self.connection.hang_up();
+    }
+
     /// Whether the session has to end, and why.
     fn check(&self) -> Result<(), Ended> {
         match self.failed.get() {

@@ -115,6 +115,11 @@ impl LocalDevice {
         self.bus.faults()
     }
 
+    /// Faults that were injected so far, by the plan in the device's configuration.
+    pub fn faults_injected(&self) -> u64 {
+        self.device.injected()
+    }
+
     fn memory(&self, file: OwnedFd, len: usize, access: Access, fork: Fork) -> Result<LocalMemory> {
         let memory = LocalMemory::map(&file, len, access, self.pieces.clone())?;
         if fork == Fork::Nothing {
