@@ -38,8 +38,11 @@ use crate::context::{Context, Failure, Miss, Space, Work};
 use crate::guard::Lane;
 use crate::sync::lock;
 
-/// What a step costs beside the bytes that it moves, in bytes: they take about as long.
+/// What a step costs beside the bytes that it moves, in bytes: as many as are moved in that time,
+/// about. A guard costs as much.
 const STEP: u64 = 512;
+/// What a page table walk costs.
+const WALK: u64 = 1024;
 /// How much is done under a guard before a look for invalidations, in the same measure.
 const LOOK: u64 = 8192;
 
@@ -178,11 +181,25 @@ impl Device {
             _ => 1,
         };
         let mut look = LOOK;
+        let mut walks = 0;
+        let mut enter = STEP;
         loop {
             // A page at least, so that pages are not cut.
-            let moved = self.step(access, space, work, left.max(PAGE_SIZE))?;
-            work.allowance -= self.charge(moved);
-            let cost = moved + STEP;
+            let step = self.step(access, space, work, left.max(PAGE_SIZE));
+            let walked = access.walks() - std::mem::replace(&mut walks, access.walks());
+            let extra = match &step {
+                // Nobody has asked for anything.
+                Err(Halt::Empty) => return step.map(drop),
+                // Who fails pays for the attempt.
+                Err(_) => 0,
+                Ok(extra) => *extra,
+            };
+            let cost = extra + STEP + std::mem::take(&mut enter) + WALK * walked;
+            work.allowance -= match self.config.schedule.policy {
+                SchedulePolicy::Fair => cost as i64,
+                SchedulePolicy::RoundRobin => STEP as i64,
+            };
+            step?;
             left = left.saturating_sub(cost);
             if left == 0 || work.allowance <= 0 || access.is_awaited() {
                 return Ok(());
@@ -199,7 +216,7 @@ impl Device {
         }
     }
 
-    /// One step of the context's operation: how many bytes it moved.
+    /// One step of the context's operation: what it cost beside the step as such, in bytes.
     fn step(
         &self,
         access: &Access<'_>,
@@ -225,14 +242,6 @@ impl Device {
         match schedule.policy {
             SchedulePolicy::Fair => i64::from(schedule.quantum) * i64::from(space.weight),
             SchedulePolicy::RoundRobin => i64::from(schedule.quantum),
-        }
-    }
-
-    /// What a step takes from it.
-    fn charge(&self, moved: u64) -> i64 {
-        match self.config.schedule.policy {
-            SchedulePolicy::Fair => (moved + STEP) as i64,
-            SchedulePolicy::RoundRobin => STEP as i64,
         }
     }
 }

@@ -5,26 +5,24 @@ use extlb_spec::{Iova, PAGE_SIZE};
 
 use super::operation::{Cursor, Operation};
 use super::translate::{Page, pages, rest_of_page};
-use super::{Access, Halt};
+use super::{Access, Halt, STEP};
 use crate::Device;
 
 const CHUNK: usize = PAGE_SIZE as usize;
-/// Segments of no bytes that are skipped in one step.
-const SKIP: u32 = 16;
 
 /// How far the lists of an operation got.
 enum Lists {
     /// Each operand has bytes, unless the operation is done.
     Ready,
-    /// There may be more segments of no bytes.
+    /// A segment of no bytes was read, which is enough for a step.
     Skipping,
     /// One does not fit the operation, which has ended.
     Bad,
 }
 
 impl Device {
-    /// Moves the next piece, at most `limit` bytes, or ends the operation if there is none. How
-    /// many bytes it moved. `failed`: operations since the last fence that did not succeed.
+    /// Moves the next piece, at most `limit` bytes, or ends the operation if there is none. What it
+    /// cost: the bytes that it moved, and the segments that it read. `failed`: operations since the last fence that did not succeed.
     pub(super) fn transfer(
         &self,
         access: &Access<'_>,
@@ -32,7 +30,7 @@ impl Device {
         failed: u64,
         limit: u64,
     ) -> Result<u64, Halt> {
-        let before = op.done;
+        let (before, segments) = (op.done, op.src.segments + op.dst.segments);
         let result = match op.opcode {
             Opcode::Nop | Opcode::Batch => {
                 op.end(Status::Success, 0);
@@ -51,7 +49,8 @@ impl Device {
         };
         let moved = op.done - before;
         self.counters.bytes.add(moved);
-        result.map(|()| moved)
+        let read = segments - (op.src.segments + op.dst.segments);
+        result.map(|()| moved + STEP * u64::from(read))
     }
 }
 
@@ -178,7 +177,7 @@ fn by_pages(
     Ok(())
 }
 
-/// Reads segments until both operands have bytes.
+/// Reads the next segment of an operand that has no bytes left.
 fn lists(access: &Access<'_>, op: &mut Operation) -> Result<Lists, Halt> {
     let left = op.left();
     for flag in [flags::SRC_LIST, flags::DST_LIST] {
@@ -189,12 +188,7 @@ fn lists(access: &Access<'_>, op: &mut Operation) -> Result<Lists, Halt> {
             flags::SRC_LIST => &mut op.src,
             _ => &mut op.dst,
         };
-        let mut skipped = 0;
-        while cursor.left == 0 && cursor.segments > 0 {
-            if skipped == SKIP {
-                return Ok(Lists::Skipping);
-            }
-            skipped += 1;
+        if cursor.left == 0 && cursor.segments > 0 {
             // The list is aligned to a segment, so none crosses a page; the check of the
             // descriptor found the whole list in the address space.
             let at = Iova(cursor.next);
@@ -215,6 +209,9 @@ fn lists(access: &Access<'_>, op: &mut Operation) -> Result<Lists, Halt> {
             cursor.left = segment.len;
             cursor.next += size;
             cursor.segments -= 1;
+            if segment.len == 0 {
+                return Ok(Lists::Skipping);
+            }
         }
         if cursor.left == 0 && left > 0 {
             let end = Iova(cursor.next);

@@ -28,6 +28,7 @@ pub(crate) struct Access<'d> {
     guard: Guard<'d>,
     /// The translation handed out last, for the report if the guard is outlived.
     last: Cell<Used>,
+    walks: Cell<u64>,
 }
 
 impl Device {
@@ -57,6 +58,7 @@ impl Device {
             epoch,
             guard,
             last,
+            walks: Cell::new(0),
         })
     }
 }
@@ -68,6 +70,11 @@ impl Access<'_> {
             true => Ok(()),
             false => Err(Halt::Stopped),
         }
+    }
+
+    /// Page table walks so far.
+    pub(super) fn walks(&self) -> u64 {
+        self.walks.get()
     }
 
     /// Whether a drain waits for this access: it should end with the step that it is in.
@@ -110,6 +117,7 @@ impl Access<'_> {
             }
             Lookup::Miss(ticket) => {
                 device.counters.tlb_misses.add(1);
+                self.walks.set(self.walks.get() + 1);
                 let leaf =
                     walk(self.memory(), self.space.page_table, iova, write).map_err(|error| {
                         match error {
