@@ -110,8 +110,10 @@ pub use extlb_spec as spec;
 pub use extlb_spec::Iova;
 pub use kernel_unsafe::{Kernel, KernelContext, KernelMemory};
 pub use memory_unsafe::{Access, Backing, BackingContext, Fork, Memory, Shadow, Sharing, Wake};
-pub use operation::{Compare, Copy, Crc32c, Fill, Nop, Operation, Raw};
+pub use operation::{
+    Compare, CompareSwap, Copy, Crc32c, Fence, FetchAdd, Fill, Nop, Operation, Raw,
+};
 pub use queue::Queue;
 pub use region::Mapping;
 pub use slice_unsafe::{Slice, SliceMut, Source};
-pub use submit::{Completed, Pending, Submitted, Submitter};
+pub use submit::{Completed, Lists, Pending, Submitted, Submitter};

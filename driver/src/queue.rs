@@ -147,6 +147,7 @@ struct Flight<B: Backing> {
     cell: Arc<Cell>,
     expect: Expect,
     holds: [Option<Hold<B>>; 2],
+    segments: Vec<Hold<B>>,
 }
 
 /// Where an operation's answer goes; shared by the queue and the operation's pending half.
@@ -159,7 +160,10 @@ pub(crate) struct Cell {
 pub(crate) struct Work<B: Backing> {
     pub descriptor: Descriptor,
     pub expect: Expect,
+    /// The operands.
     pub holds: [Option<Hold<B>>; 2],
+    /// Their segments, if they are lists.
+    pub segments: Vec<Hold<B>>,
 }
 
 impl<B: Backing> Core<B> {
@@ -180,8 +184,9 @@ impl<B: Backing> Core<B> {
         state.written = state.written.wrapping_add(1);
         state.flights.push_back(Flight {
             cell: cell.clone(),
-            expect: work.expect,
+            expect: work.expect.clone(),
             holds: std::mem::take(&mut work.holds),
+            segments: std::mem::take(&mut work.segments),
         });
         Ok(cell)
     }
@@ -244,14 +249,14 @@ impl<B: Backing> Core<B> {
             ) else {
                 break;
             };
-            match judge(completion, flight.expect) {
+            match judge(completion, &flight.expect) {
                 Ok(answer) => {
                     state.harvested = state.harvested.wrapping_add(1);
-                    if let Some(Flight { cell, holds, .. }) = state.flights.pop_front() {
+                    if let Some(flight) = state.flights.pop_front() {
                         // The device has said that it is done. The holds go first, so that those
                         // who see the answer see the memory free of them.
-                        drop(holds);
-                        let _ = cell.answer.set(answer);
+                        drop((flight.holds, flight.segments));
+                        let _ = flight.cell.answer.set(answer);
                     }
                 }
                 Err(nonsense) => {

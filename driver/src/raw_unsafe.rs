@@ -33,6 +33,7 @@ impl<B: Backing> Submitter<'_, B> {
             descriptor,
             expect: Expect::Anything,
             holds: [None, None],
+            segments: Vec::new(),
         };
         self.raw(work)
     }

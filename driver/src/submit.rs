@@ -5,16 +5,21 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use extlb_spec::Iova;
-use extlb_spec::work::{Descriptor, MAX_LEN, Opcode};
+use extlb_spec::work::{Descriptor, MAX_LEN, MAX_SEGMENTS, Opcode, Segment, flags};
 
 use crate::error::{Error, Refused, Result};
 use crate::memory_unsafe::Backing;
-use crate::operation::{Compare, Copy, Crc32c, Expect, Fill, Nop, Operation, Raw};
+use crate::operation::{
+    Compare, CompareSwap, Copy, Crc32c, Expect, Fence, FetchAdd, Fill, Nop, Operation, Raw,
+};
 use crate::queue::{Cell, Core, Queue, Work};
 use crate::slice_unsafe::{Operand, SliceMut, Source};
 
 /// What comes of submitting: the pending operation, or the buffers back.
 pub type Submitted<B, O, T> = Result<Pending<B, O, T>, Refused<T>>;
+
+/// The buffers of [`Queue::copy_lists`].
+pub type Lists<B, S> = (SliceMut<B>, Vec<S>, Vec<SliceMut<B>>);
 
 /// Source, destination, length, and what to hold.
 type Operands<B> = (Iova, Iova, usize, [Option<Operand<B>>; 2]);
@@ -80,6 +85,132 @@ impl<'q, B: Backing> Submitter<'q, B> {
         Ok(self.submit(Opcode::Nop, Ok((Iova(0), Iova(0), 0, [None, None])), 0, ())?)
     }
 
+    /// See [`Queue::fence`].
+    pub fn fence(&self) -> Result<Pending<B, Fence, ()>> {
+        Ok(self.submit(
+            Opcode::Fence,
+            Ok((Iova(0), Iova(0), 0, [None, None])),
+            0,
+            (),
+        )?)
+    }
+
+    /// See [`Queue::fetch_add`].
+    pub fn fetch_add(&self, word: SliceMut<B>, value: u64) -> Submitted<B, FetchAdd, SliceMut<B>> {
+        let operands = self.word(&word, 0);
+        self.submit(Opcode::FetchAdd, operands, value, word)
+    }
+
+    /// See [`Queue::compare_swap`].
+    pub fn compare_swap(
+        &self,
+        word: SliceMut<B>,
+        expected: u64,
+        new: u64,
+    ) -> Submitted<B, CompareSwap, SliceMut<B>> {
+        let operands = self.word(&word, new);
+        self.submit(Opcode::CompareSwap, operands, expected, word)
+    }
+
+    /// See [`Queue::copy_lists`].
+    pub fn copy_lists<S: Source<B>>(
+        &self,
+        mut lists: SliceMut<B>,
+        src: Vec<S>,
+        dst: Vec<SliceMut<B>>,
+    ) -> Submitted<B, Copy, Lists<B, S>> {
+        match self
+            .lists(&mut lists, &src, &dst)
+            .and_then(|work| self.send(work))
+        {
+            Ok(cell) => Ok(Pending::new(self.core.clone(), cell, (lists, src, dst))),
+            Err(error) => Err(Refused {
+                error,
+                buffers: (lists, src, dst),
+            }),
+        }
+    }
+
+    /// Writes the lists, and makes the descriptor.
+    fn lists<S: Source<B>>(
+        &self,
+        lists: &mut SliceMut<B>,
+        src: &[S],
+        dst: &[SliceMut<B>],
+    ) -> Result<Work<B>> {
+        let list = self.operand(lists)?;
+        if !list.addr.is_aligned(Segment::SIZE as u64) {
+            return Err(Error::Argument("lists begin at a multiple of 16"));
+        }
+        if src.len().max(dst.len()) > MAX_SEGMENTS as usize {
+            return Err(Error::Argument("a list of more than 4096 segments"));
+        }
+        if lists.len() / Segment::SIZE < src.len() + dst.len() {
+            return Err(Error::Argument("16 bytes are needed for each segment"));
+        }
+        let from = src
+            .iter()
+            .map(|s| self.operand(s))
+            .collect::<Result<Vec<_>>>()?;
+        let to = dst
+            .iter()
+            .map(|s| self.operand(s))
+            .collect::<Result<Vec<_>>>()?;
+        let bytes = |list: &[Operand<B>]| list.iter().map(|operand| operand.len).sum::<usize>();
+        if bytes(&from) != bytes(&to) {
+            return Err(Error::Lengths {
+                src: bytes(&from),
+                dst: bytes(&to),
+            });
+        }
+        let len = bytes(&from) as u64;
+        if len > MAX_LEN {
+            return Err(Error::TooLong { len });
+        }
+        let mut ranges = vec![(list.addr, ((src.len() + dst.len()) * Segment::SIZE) as u64)];
+        for (operand, place) in from
+            .iter()
+            .chain(&to)
+            .zip(lists.chunks_exact_mut(Segment::SIZE))
+        {
+            let segment = Segment {
+                addr: operand.addr.0,
+                len: operand.len as u64,
+            };
+            place.copy_from_slice(&segment.to_bytes());
+            ranges.push((operand.addr, segment.len));
+        }
+        let descriptor = Descriptor {
+            opcode: Opcode::Copy as u8,
+            flags: flags::SRC_LIST | flags::DST_LIST,
+            src: list.addr.0,
+            dst: list.addr.0 + (src.len() * Segment::SIZE) as u64,
+            len,
+            src_segments: src.len() as u32,
+            dst_segments: dst.len() as u32,
+            ..Descriptor::default()
+        };
+        let segments = from.into_iter().chain(to).map(|operand| operand.hold);
+        Ok(Work {
+            descriptor,
+            expect: Expect::Lists {
+                ranges: ranges.into(),
+                len,
+            },
+            holds: [Some(list.hold), None],
+            segments: segments.collect(),
+        })
+    }
+
+    /// The operands of an operation on a word; `src` is a value.
+    fn word(&self, word: &SliceMut<B>, src: u64) -> Result<Operands<B>> {
+        let to = self.operand(word)?;
+        if to.len != 8 || !to.addr.is_aligned(8) {
+            return Err(Error::Argument("a word is 8 bytes, at a multiple of 8"));
+        }
+        Ok((Iova(src), to.addr, to.len, [None, Some(to)]))
+    }
+
     /// Gives the device what was taken so far; also done when dropped.
     pub fn submit_all(self) {}
 
@@ -136,6 +267,7 @@ impl<'q, B: Backing> Submitter<'q, B> {
             descriptor,
             expect: Expect::of(opcode, &descriptor),
             holds: operands.map(|operand| operand.map(|operand| operand.hold)),
+            segments: Vec::new(),
         };
         match self.send(work) {
             Ok(cell) => Ok(Pending::new(self.core.clone(), cell, buffers)),
@@ -201,6 +333,41 @@ impl<B: Backing> Queue<B> {
     /// Does nothing, after all that was submitted before.
     pub fn nop(&self) -> Result<Pending<B, Nop, ()>> {
         self.submitter().nop()
+    }
+
+    /// Ends after all that was submitted before; how many of that, since the last fence, did not
+    /// succeed (a compare that found a difference counts).
+    pub fn fence(&self) -> Result<Pending<B, Fence, ()>> {
+        self.submitter().fence()
+    }
+
+    /// Adds to the 8 bytes (little-endian) of `word`, modulo 2^64, and gives what was there before.
+    /// `word` must be at a multiple of 8.
+    pub fn fetch_add(&self, word: SliceMut<B>, value: u64) -> Submitted<B, FetchAdd, SliceMut<B>> {
+        self.submitter().fetch_add(word, value)
+    }
+
+    /// Replaces the 8 bytes (little-endian) of `word` by `new` if they are `expected`, and gives what
+    /// was there before. `word` must be at a multiple of 8.
+    pub fn compare_swap(
+        &self,
+        word: SliceMut<B>,
+        expected: u64,
+        new: u64,
+    ) -> Submitted<B, CompareSwap, SliceMut<B>> {
+        self.submitter().compare_swap(word, expected, new)
+    }
+
+    /// Copies what the pieces of `src` hold, one after the other, to the pieces of `dst`; both must
+    /// be equally long in all (scatter/gather). `lists` is room for the lists that the device reads:
+    /// 16 bytes for each piece, at a multiple of 16.
+    pub fn copy_lists<S: Source<B>>(
+        &self,
+        lists: SliceMut<B>,
+        src: Vec<S>,
+        dst: Vec<SliceMut<B>>,
+    ) -> Submitted<B, Copy, Lists<B, S>> {
+        self.submitter().copy_lists(lists, src, dst)
     }
 
     /// Takes many operations and gives them to the device together: one tail, at most one doorbell,

@@ -334,3 +334,110 @@ fn memory_comes_back_to_the_machine() {
     let lost = free - device.backing().free_frames();
     assert!(lost < 40, "{lost} frames are gone");
 }
+
+#[test]
+fn words_are_changed_atomically_and_fences_count() {
+    let device = device();
+    let context = context(&device, 4);
+    let queue = context.queue();
+    let page = context.allocate(4096).unwrap();
+    let (before, rest) = page.split_at(8);
+    let (word, after) = rest.split_at(8);
+    let (old, word) = queue.fetch_add(word, 40).unwrap().finish().unwrap();
+    assert_eq!(old, 0);
+    let (old, word) = queue.fetch_add(word, 2).unwrap().finish().unwrap();
+    assert_eq!(old, 40);
+    let (old, word) = queue.compare_swap(word, 1, 7).unwrap().finish().unwrap();
+    assert_eq!((old, &word[..]), (42, &42u64.to_le_bytes()[..]));
+    let (old, word) = queue.compare_swap(word, 42, 7).unwrap().finish().unwrap();
+    assert_eq!((old, &word[..]), (42, &7u64.to_le_bytes()[..]));
+    assert_eq!(queue.fence().unwrap().finish().unwrap().0, 0);
+    let (difference, (before, _)) = queue.compare(before, word).unwrap().finish().unwrap();
+    assert_eq!(difference, Some(0));
+    assert_eq!(queue.fence().unwrap().finish().unwrap().0, 1);
+    assert_eq!(queue.fence().unwrap().finish().unwrap().0, 0, "told once");
+    // Not a word.
+    let (odd, rest) = after.split_at(9);
+    let refused = queue.fetch_add(odd, 1).unwrap_err();
+    assert!(matches!(refused.error, Error::Argument(_)));
+    let (odd, _) = rest.split_at(8);
+    let refused = queue.compare_swap(odd, 0, 1).unwrap_err();
+    assert!(matches!(refused.error, Error::Argument(_)), "at 25");
+    assert!(before.iter().all(|byte| *byte == 0));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 32, ..ProptestConfig::default() })]
+
+    /// Pieces of any number and length, in any order.
+    #[test]
+    fn lists_gather_and_scatter(
+        sizes in proptest::collection::vec(0..5000usize, 0..12),
+        cuts in proptest::collection::vec(0..40_000usize, 0..6),
+        seed: u64,
+    ) {
+        let device = device();
+        let context = context(&device, 4);
+        let total: usize = sizes.iter().sum();
+        let mut all = context.allocate(total + 1).unwrap();
+        all.copy_from_slice(&noise(total + 1, seed));
+        let mut rest = all;
+        let mut src: Vec<_> = sizes.iter().map(|size| {
+            let (piece, more) = std::mem::replace(&mut rest, context.allocate(1).unwrap())
+                .split_at(*size);
+            rest = more;
+            piece
+        }).collect();
+        src.reverse();
+        let want: Vec<u8> = src.iter().flat_map(|piece| piece.to_vec()).collect();
+        let mut cuts: Vec<_> = cuts.into_iter().map(|cut| cut % (total + 1)).collect();
+        cuts.extend([0, total]);
+        cuts.sort_unstable();
+        let dst: Vec<_> = cuts.windows(2)
+            .map(|pair| context.allocate(pair[1] - pair[0] + 3).unwrap().split_at(pair[1] - pair[0]))
+            .collect();
+        let (dst, behind): (Vec<_>, Vec<_>) = dst.into_iter().unzip();
+        let lists = context.allocate(4096).unwrap();
+        let ((), (lists, src, dst)) = context.queue().copy_lists(lists, src, dst).unwrap()
+            .finish().unwrap();
+        let got: Vec<u8> = dst.iter().flat_map(|piece| piece.to_vec()).collect();
+        prop_assert!(got == want);
+        prop_assert!(behind.iter().all(|piece| piece.iter().all(|byte| *byte == 0)));
+        // And back, but for a byte too many.
+        let mut back = dst;
+        back.push(context.allocate(1).unwrap());
+        let refused = context.queue().copy_lists(lists, back, src).unwrap_err();
+        let unequal = Error::Lengths { src: total + 1, dst: total };
+        prop_assert_eq!(refused.error, unequal);
+    }
+}
+
+#[test]
+fn lists_are_checked_before_the_device_sees_them() {
+    let device = device();
+    let context = context(&device, 4);
+    let queue = context.queue();
+    let piece = || context.allocate(8).unwrap();
+    let lists = context.allocate(64).unwrap();
+    let (short, _) = lists.split_at(31);
+    let refused = queue
+        .copy_lists(short, vec![piece()], vec![piece()])
+        .unwrap_err();
+    assert!(matches!(refused.error, Error::Argument(_)), "no room");
+    let (_, odd) = context.allocate(4096).unwrap().split_at(8);
+    let refused = queue
+        .copy_lists(odd, vec![piece()], vec![piece()])
+        .unwrap_err();
+    assert!(matches!(refused.error, Error::Argument(_)), "misaligned");
+    let other = Device::open(InProcess::new(MachineConfig::default()).unwrap()).unwrap();
+    let foreign = other
+        .context(Options::default())
+        .unwrap()
+        .allocate(8)
+        .unwrap();
+    let lists = context.allocate(64).unwrap();
+    let refused = queue
+        .copy_lists(lists, vec![foreign], vec![piece()])
+        .unwrap_err();
+    assert!(matches!(refused.error, Error::Foreign { .. }));
+}

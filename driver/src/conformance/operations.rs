@@ -13,6 +13,9 @@ pub(super) fn checks<B: Backing>() -> Vec<(&'static str, Function<B>)> {
         ("a compare finds the first difference", differences),
         ("a crc goes on from another", continued),
         ("buffers of megabytes are whole", megabytes),
+        ("words are added to and swapped", words),
+        ("a fence counts what did not succeed", fences),
+        ("lists are gathered and scattered", lists),
         (
             "arguments are checked before the device sees them",
             arguments,
@@ -133,6 +136,76 @@ fn megabytes<B: Backing>(suite: &Suite<'_, B>) -> Verdict {
     again.copy_from_slice(&noise(len, 11));
     let (sum, _) = finish(queue.crc32c(again, 0)?)?;
     ensure!(sum == want, "crc {sum:#x} instead of {want:#x}");
+    Ok(())
+}
+
+fn words<B: Backing>(suite: &Suite<'_, B>) -> Verdict {
+    let context = suite.context(4)?;
+    let queue = context.queue();
+    let (_, rest) = context.allocate(4096)?.split_at(4080);
+    let (mut word, after) = rest.split_at(8);
+    word.copy_from_slice(&u64::MAX.to_le_bytes());
+    let mut want = u64::MAX;
+    for add in [5, 1 << 40, u64::MAX] {
+        let found;
+        (found, word) = finish(queue.fetch_add(word, add)?)?;
+        ensure!(found == want, "{found:#x} before the add, not {want:#x}");
+        want = want.wrapping_add(add);
+    }
+    for (expected, new) in [(want ^ 1, 1), (want, 2), (want, 3)] {
+        let (found, back) = finish(queue.compare_swap(word, expected, new)?)?;
+        word = back;
+        ensure!(found == want, "{found:#x} before the swap, not {want:#x}");
+        if found == expected {
+            want = new;
+        }
+        ensure!(
+            word[..] == want.to_le_bytes(),
+            "{:?}, not {want:#x}",
+            &word[..]
+        );
+    }
+    ensure!(after.iter().all(|byte| *byte == 0), "the next word changed");
+    Ok(())
+}
+
+fn fences<B: Backing>(suite: &Suite<'_, B>) -> Verdict {
+    let context = suite.context(4)?;
+    let queue = context.queue();
+    let (a, mut b) = (context.allocate(8)?, context.allocate(8)?);
+    b[3] = 1;
+    let (_, (a, b)) = finish(queue.compare(a, b)?)?;
+    end(queue.fill(b, 0)?)?.into_result()?;
+    for want in [1, 0] {
+        let (failed, ()) = finish(queue.fence()?)?;
+        ensure!(failed == want, "{failed} did not succeed, not {want}");
+    }
+    drop(a);
+    Ok(())
+}
+
+fn lists<B: Backing>(suite: &Suite<'_, B>) -> Verdict {
+    let context = suite.context(4)?;
+    let queue = context.queue();
+    let pieces = |sizes: &[usize]| {
+        let piece = |(seed, size): (usize, &usize)| -> Verdict<_> {
+            let mut piece = context.allocate(*size + 1)?;
+            piece.copy_from_slice(&noise(*size + 1, seed as u64));
+            Ok(piece.split_at(*size).0)
+        };
+        sizes
+            .iter()
+            .enumerate()
+            .map(piece)
+            .collect::<Verdict<Vec<_>>>()
+    };
+    let src = pieces(&[1, 4096, 0, 9001, 63])?;
+    let dst = pieces(&[8191, 2, 0, 4968])?;
+    let want: Vec<u8> = src.iter().flat_map(|piece| piece.to_vec()).collect();
+    let room = context.allocate(9 * 16)?;
+    let ((), (_, _, dst)) = finish(queue.copy_lists(room, src, dst)?)?;
+    let got: Vec<u8> = dst.iter().flat_map(|piece| piece.to_vec()).collect();
+    ensure!(got == want, "the bytes differ");
     Ok(())
 }
 
