@@ -8,7 +8,6 @@
 use std::cell::RefCell;
 
 use extlb_device::Step;
-use extlb_device::ports::Dma;
 use extlb_spec::context::{ContextEntry, flags as context_flags};
 use extlb_spec::invalidation::Command;
 use extlb_spec::regs::{self, FatalError};
@@ -47,10 +46,9 @@ impl World {
 
     fn begin(&mut self) {
         let clean = self.machine.fatal().is_none() && self.machine.iq_tail < 1 << 30;
-        let zero = [0; PAGE_SIZE as usize];
         for page in 0..PAGES {
             let at = Gpa(FREE.0 + page * PAGE_SIZE);
-            self.machine.memory.ram.write(at, &zero).expect("RAM");
+            self.machine.memory.clear(at);
         }
         if !clean {
             self.machine.enable();
@@ -86,7 +84,7 @@ impl World {
             // Invalidations: of a range, a context, all.
             (1, 0) => {
                 let end = addr.checked_add(value);
-                let pages = |end: u64| (addr | end) % PAGE_SIZE == 0;
+                let pages = |end: u64| (addr | end).is_multiple_of(PAGE_SIZE);
                 match end.is_some_and(pages) && known {
                     true => Outcome::Done,
                     false => bad,
@@ -97,14 +95,14 @@ impl World {
             // A wait.
             (2, _) if flags & !0b11_0011 == 0 && context == 0 => match flags & 1 {
                 0 => Outcome::Done,
-                _ if addr % 8 != 0 => bad,
+                _ if !addr.is_multiple_of(8) => bad,
                 _ if !Self::is_ram(addr, 8) => Outcome::Stops(FatalError::WaitWrite, addr),
                 _ => Outcome::Written(value, Gpa(addr)),
             },
             // A sync.
             (3, 0) if known => Outcome::Done,
             // An audit.
-            (5, 0 | 1) if known && addr % 64 == 0 => match Self::is_ram(addr, 64) {
+            (5, 0 | 1) if known && addr.is_multiple_of(64) => match Self::is_ram(addr, 64) {
                 true => Outcome::Written(1, Gpa(addr.wrapping_add(56))),
                 false => Outcome::Stops(FatalError::WaitWrite, addr),
             },
@@ -173,10 +171,10 @@ impl World {
             }
         }
         let at = Gpa(CTX_TABLE.0 + u64::from(index % CONTEXTS as u8) * ContextEntry::SIZE as u64);
-        let ram = &self.machine.memory.ram;
-        ram.write(at, &bytes).expect("RAM");
+        let memory = &self.machine.memory;
+        memory.put(at, &bytes);
         // A page table that maps its own page at address 0, and something to do.
-        self.machine.memory.put_u64(SPACE, SPACE.0 | 1);
+        memory.put_u64(SPACE, SPACE.0 | 1);
         let fill = Descriptor {
             opcode: Opcode::Fill as u8,
             dst: 3 * PAGE_SIZE,
@@ -185,8 +183,8 @@ impl World {
             ..Default::default()
         };
         let at = Gpa(SPACE.0 + 64);
-        ram.write(at, &fill.to_bytes()).expect("RAM");
-        self.machine.memory.put_u32(Gpa(SPACE.0 + 2 * PAGE_SIZE), 1);
+        memory.put(at, &fill.to_bytes());
+        memory.put_u32(Gpa(SPACE.0 + 2 * PAGE_SIZE), 1);
     }
 
     /// One command; false if the device stopped.
@@ -194,17 +192,14 @@ impl World {
         let memory = self.machine.memory.clone();
         let index = self.machine.iq_tail;
         let at = Machine::command_at(index);
-        memory.ram.write(at, &command.to_bytes()).expect("RAM");
+        memory.put(at, &command.to_bytes());
         self.machine.iq_tail = index.wrapping_add(1);
         memory.put_u32(word!(iq_tail), self.machine.iq_tail);
         let expected = Self::outcome(command, index);
         if let Outcome::Written(value, at) = expected {
             memory.put_u64(at, !value);
             // That may have been the command, or the tail.
-            memory
-                .ram
-                .write(Machine::command_at(index), &command.to_bytes())
-                .expect("RAM");
+            memory.put(Machine::command_at(index), &command.to_bytes());
             memory.put_u32(word!(iq_tail), self.machine.iq_tail);
         }
         let step = self.machine.device.invalidation_step();

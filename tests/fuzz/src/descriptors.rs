@@ -8,21 +8,20 @@
 //! - it reads and writes only what is mapped for it at the moment, or was since the last
 //!   acknowledged drain; its own words and rings excepted;
 //! - a drain is acknowledged by steps of the invalidation queue alone;
-//! - descriptors are retired one by one, in order, and all of them, unless the context stopped
-//!   with an error that has a name;
+//! - descriptors are retired in order, none before it was submitted, and all of them, unless the
+//!   context stopped with an error that has a name;
 //! - a device whose contexts are stopped is silent.
 
 use std::cell::RefCell;
 use std::mem::offset_of;
 
 use extlb_device::Step;
-use extlb_device::ports::Dma;
 use extlb_spec::context::{ContextEntry, ContextError, ContextShadow, flags as context_flags};
 use extlb_spec::invalidation::{Command, CommandKind, InvalidationScope};
 use extlb_spec::page_request::{PageRequest, RequestKind, Response};
 use extlb_spec::pte::{self, Pte, bit};
 use extlb_spec::regs;
-use extlb_spec::work::{Completion, Descriptor};
+use extlb_spec::work::{Completion, Descriptor, Segment, flags as work_flags};
 use extlb_spec::{Gpa, Iova, PAGE_SIZE};
 
 use crate::input::Input;
@@ -147,23 +146,16 @@ impl World {
         if self.machine.fatal().is_some() {
             self.machine.enable();
         }
-        let ram = &self.machine.memory.ram;
-        for piece in [(DATA, DATA_PAGES), (FAR, FAR_PAGES)] {
-            for page in 0..piece.1 {
-                let at = Gpa(piece.0.0 + page * PAGE_SIZE);
-                ram.write(at, &[page as u8; PAGE_SIZE as usize])
-                    .expect("RAM");
+        for (start, pages) in [(DATA, DATA_PAGES), (FAR, FAR_PAGES)] {
+            for page in 0..pages {
+                self.machine.memory.clear(Gpa(start.0 + page * PAGE_SIZE));
             }
         }
         for index in 0..PROCESSES {
             self.processes[index] = Process::new(index);
             for page in 0..OWN {
                 let at = self.processes[index].page(page);
-                self.machine
-                    .memory
-                    .ram
-                    .write(at, &[0; PAGE_SIZE as usize])
-                    .expect("RAM");
+                self.machine.memory.clear(at);
             }
             self.start(index, 0);
         }
@@ -205,9 +197,8 @@ impl World {
         process.running = true;
         let process = &self.processes[index];
         let memory = &self.machine.memory;
-        let page = [0; PAGE_SIZE as usize];
-        memory.ram.write(process.shadow(), &page).expect("RAM");
-        memory.count(process.head());
+        memory.clear(process.shadow());
+        memory.count(process.head(), RING_ENTRIES);
         for level in (1..pte::LEVELS).rev() {
             memory.allow(process.table(level), may::READ | may::SWAP);
             let at = process.table(level + 1).0 + pte::index(RING, level + 1) * 8;
@@ -319,7 +310,7 @@ impl World {
         }
         let at = Gpa(process.page(5).0 + u64::from(slot) * Descriptor::SIZE as u64);
         let memory = &self.machine.memory;
-        memory.ram.write(at, &descriptor.to_bytes()).expect("RAM");
+        memory.put(at, &descriptor.to_bytes());
         let ahead = process.tail.wrapping_sub(memory.counted(process.head()));
         if ahead < RING_ENTRIES && !process.wild {
             process.tail = process.tail.wrapping_add(1);
@@ -327,11 +318,11 @@ impl World {
         }
     }
 
-    /// An address that is worth a try.
+    /// An address that is worth a try, more or less aligned.
     fn address(input: &mut Input<'_>) -> u64 {
-        let where_ = input.u8();
-        let offset = u64::from(input.u16());
-        match where_ % 8 {
+        let choice = input.u8();
+        let offset = u64::from(input.u16()) & [!0, !7, !15, !63][usize::from(choice >> 4 & 3)];
+        match choice % 8 {
             0..=3 => WINDOW + offset,
             4 => LARGE + offset,
             5 => HUGE + (offset >> 1),
@@ -344,14 +335,52 @@ impl World {
     fn compact(input: &mut Input<'_>) -> Descriptor {
         let length = input.u16();
         let (mantissa, shift) = (length & 0xff, length >> 8 & 0x1f);
+        let (opcode, flags) = (input.u8() % 16, input.u8());
+        let (src, dst) = (Self::address(input), Self::address(input));
+        let arg = input.u8();
+        let segments = |flag: u8| match flags & flag {
+            0 => 0,
+            _ => u32::from(arg % 9),
+        };
         Descriptor {
-            opcode: input.u8() % 24,
-            flags: input.u8(),
-            src: Self::address(input),
-            dst: Self::address(input),
+            opcode,
+            flags: flags
+                & if flags & 0x80 == 0 {
+                    work_flags::ALL
+                } else {
+                    !0
+                },
+            src,
+            dst,
             len: u64::from(mantissa) << shift,
-            arg: u64::from(input.u8()),
+            arg: u64::from(arg),
+            src_segments: segments(work_flags::SRC_LIST),
+            dst_segments: segments(work_flags::DST_LIST),
             ..Default::default()
+        }
+    }
+
+    /// Writes a list of segments, or the descriptors of a batch, into a page of data.
+    fn list(&self, input: &mut Input<'_>) {
+        let choice = input.u8();
+        let mut at = Gpa(DATA.0 + u64::from(choice) % DATA_PAGES * PAGE_SIZE);
+        for n in 0..input.below(9) {
+            let bytes = match choice >> 4 & 1 {
+                0 => {
+                    let segment = Segment {
+                        addr: Self::address(input),
+                        len: u64::from(input.u8()) << (choice >> 5),
+                    };
+                    segment.to_bytes().to_vec()
+                }
+                _ => {
+                    let mut descriptor = Self::compact(input);
+                    descriptor.completion = RECORDS.0 + 1024 + n * Completion::SIZE as u64;
+                    descriptor.to_bytes().to_vec()
+                }
+            };
+            self.machine.memory.put(at, &bytes);
+            at.0 += bytes.len() as u64;
         }
     }
 
@@ -458,22 +487,9 @@ impl World {
                 };
                 let len = bytes.len().min((PAGE_SIZE - offset) as usize);
                 let at = Gpa(base.0 + offset);
-                self.machine
-                    .memory
-                    .ram
-                    .write(at, &bytes[..len])
-                    .expect("RAM");
+                self.machine.memory.put(at, &bytes[..len]);
             }
-            22 => {
-                // The descriptors of a batch, or a list, from few bytes.
-                let page = input.below(DATA_PAGES);
-                let mut at = DATA.0 + page * PAGE_SIZE;
-                for _ in 0..input.below(6) {
-                    let bytes = Self::compact(input).to_bytes();
-                    self.machine.memory.ram.write(Gpa(at), &bytes).expect("RAM");
-                    at += Descriptor::SIZE as u64;
-                }
-            }
+            22 | 30 => self.list(input),
             23 => {
                 // A tail that makes no sense.
                 let process = &mut self.processes[index];

@@ -8,6 +8,7 @@ pub mod descriptors;
 mod input;
 mod machine;
 mod memory;
+pub mod messages;
 pub mod mutate;
 pub mod page_tables;
 pub mod seeds;
@@ -39,5 +40,10 @@ pub const TARGETS: &[Target] = &[
         name: "commands",
         run: commands::run,
         seeds: seeds::commands,
+    },
+    Target {
+        name: "messages",
+        run: messages::run,
+        seeds: seeds::messages,
     },
 ];

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use extlb_device::ports::{Clock, Dma, Ignore, Ports};
+use extlb_device::ports::{Clock, Ignore, Ports};
 use extlb_device::{Config, Device, Step};
 use extlb_spec::context::ContextEntry;
 use extlb_spec::invalidation::{Command, CommandKind, wait};
@@ -66,7 +66,6 @@ impl Machine {
         };
         config.tlb.sets = 4;
         config.tlb.ways = 2;
-        config.quantum = 4;
         config.oracle.suspects = 32;
         config.oracle.invalidations = 32;
         let mut ports = Ports::stepped(memory.clone(), Arc::new(Ignore));
@@ -106,8 +105,7 @@ impl Machine {
             (PRQ, may::WRITE),
             (SHADOW, may::READ | may::STORE),
         ] {
-            let zero = [0; PAGE_SIZE as usize];
-            self.memory.ram.write(page, &zero).expect("RAM");
+            self.memory.clear(page);
             self.memory.allow(page, rights);
         }
         (self.iq_tail, self.prq_head) = (0, 0);
@@ -137,7 +135,7 @@ impl Machine {
 
     pub(crate) fn write_entry(&self, context: u32, entry: &ContextEntry) {
         let at = Gpa(CTX_TABLE.0 + u64::from(context) * ContextEntry::SIZE as u64);
-        self.memory.ram.write(at, &entry.to_bytes()).expect("RAM");
+        self.memory.put(at, &entry.to_bytes());
     }
 
     pub(crate) fn command_at(index: u32) -> Gpa {
@@ -151,7 +149,7 @@ impl Machine {
             assert_eq!(self.device.invalidation_step(), Step::Busy, "no progress");
         }
         let at = Self::command_at(self.iq_tail);
-        self.memory.ram.write(at, &command.to_bytes()).expect("RAM");
+        self.memory.put(at, &command.to_bytes());
         self.iq_tail = self.iq_tail.wrapping_add(1);
         self.memory.put_u32(word!(iq_tail), self.iq_tail);
     }
@@ -198,8 +196,7 @@ impl Machine {
         }
         let slot = u64::from(self.prq_head & ((1 << PRQ_LOG2) - 1));
         let at = Gpa(PRQ.0 + slot * PageRequest::SIZE as u64);
-        let mut bytes = [0; PageRequest::SIZE];
-        self.memory.ram.read(at, &mut bytes).expect("RAM");
+        let bytes = self.memory.get(at);
         self.prq_head = self.prq_head.wrapping_add(1);
         self.memory.put_u32(word!(prq_head), self.prq_head);
         if self.memory.get_u32(word!(prq_need_kick)) != 0 {

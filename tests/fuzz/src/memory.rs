@@ -1,9 +1,11 @@
 //! Guest memory that knows what the device may do with each page of it.
+//!
+//! It is made for many short runs: words that one thread uses, and pages that are cleared only if
+//! something was written.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
-use extlb_device::GuestRam;
 use extlb_device::ports::{BusError, Dma};
 use extlb_spec::{Gpa, PAGE_SHIFT, PAGE_SIZE};
 
@@ -13,59 +15,77 @@ pub(crate) mod may {
     pub(crate) const READ: u8 = 1 << 0;
     /// Store words.
     pub(crate) const STORE: u8 = 1 << 1;
-    /// Set bits by compare-and-swap.
+    /// Change words atomically.
     pub(crate) const SWAP: u8 = 1 << 2;
     /// Write bytes.
     pub(crate) const WRITE: u8 = 1 << 3;
     pub(crate) const ALL: u8 = READ | STORE | SWAP | WRITE;
 }
 
+/// Set in a page's rights: somebody wrote to it.
+const DIRTY: u8 = 1 << 7;
+
 struct Piece {
     start: u64,
     pages: Vec<AtomicU8>,
+    words: Vec<AtomicU64>,
+}
+
+#[derive(Default)]
+struct Noted {
+    /// Words that only go forwards, with what they are and the most that they go at once.
+    counted: Vec<(Gpa, u32, u32)>,
+    /// What the device changed, if somebody wants to know: where, bytes.
+    changed: Option<Vec<(Gpa, usize)>>,
 }
 
 /// RAM in pieces. An access that is not allowed panics; one where no RAM is, is a bus error.
 pub(crate) struct Watched {
-    pub(crate) ram: GuestRam,
     pieces: Vec<Piece>,
     accesses: AtomicU64,
-    /// Words that the device raises by one at a time, with what they are.
-    counted: Mutex<Vec<(Gpa, u32)>>,
+    noted: Mutex<Noted>,
 }
 
+const BYTES: usize = 8;
+
 impl Watched {
-    /// Zeroed RAM, of which nothing may be touched.
+    /// Zeroed RAM, of which nothing may be touched: where, and how many pages.
     pub(crate) fn new(pieces: &[(Gpa, u64)]) -> Self {
-        let size = |(at, pages): &(Gpa, u64)| (*at, (pages * PAGE_SIZE) as usize);
-        let sizes: Vec<_> = pieces.iter().map(size).collect();
         let piece = |(start, pages): &(Gpa, u64)| Piece {
             start: start.0,
             pages: (0..*pages).map(|_| AtomicU8::new(0)).collect(),
+            words: (0..pages * PAGE_SIZE / 8)
+                .map(|_| AtomicU64::new(0))
+                .collect(),
         };
         Self {
-            ram: GuestRam::anonymous(&sizes).expect("memory for the guest"),
             pieces: pieces.iter().map(piece).collect(),
             accesses: AtomicU64::new(0),
-            counted: Mutex::default(),
+            noted: Mutex::default(),
         }
     }
 
-    fn page(&self, at: Gpa) -> Option<&AtomicU8> {
-        let inside = |piece: &&Piece| {
-            let pages =
-                at.0.checked_sub(piece.start)
-                    .map(|bytes| bytes >> PAGE_SHIFT);
-            pages.is_some_and(|page| page < piece.pages.len() as u64)
-        };
-        let piece = self.pieces.iter().find(inside)?;
-        Some(&piece.pages[((at.0 - piece.start) >> PAGE_SHIFT) as usize])
+    /// The piece that holds all of a range, and where in it the range begins.
+    fn piece(&self, at: Gpa, len: usize) -> Option<(&Piece, usize)> {
+        self.pieces.iter().find_map(|piece| {
+            let offset = usize::try_from(at.0.checked_sub(piece.start)?).ok()?;
+            let end = offset.checked_add(len)?;
+            (end <= piece.words.len() * BYTES).then_some((piece, offset))
+        })
+    }
+
+    fn expect(&self, at: Gpa, len: usize) -> (&Piece, usize) {
+        self.piece(at, len).expect("software names RAM")
     }
 
     /// Says what the device may do with a page from now on.
     pub(crate) fn allow(&self, at: Gpa, what: u8) {
-        let page = self.page(at).expect("a page of RAM");
-        page.store(what, Ordering::Relaxed);
+        let (piece, offset) = self.expect(at, 1);
+        let page = &piece.pages[offset >> PAGE_SHIFT];
+        page.store(
+            page.load(Ordering::Relaxed) & DIRTY | what,
+            Ordering::Relaxed,
+        );
     }
 
     /// How often the device accessed memory.
@@ -73,116 +93,206 @@ impl Watched {
         self.accesses.load(Ordering::Relaxed)
     }
 
-    /// The device must count in this word, from 0 on.
-    pub(crate) fn count(&self, at: Gpa) {
-        let mut counted = self.counted.lock().expect("nobody panicked");
-        counted.retain(|(word, _)| *word != at);
-        counted.push((at, 0));
+    fn noted(&self) -> std::sync::MutexGuard<'_, Noted> {
+        self.noted.lock().expect("nobody panicked")
+    }
+
+    /// The device counts in this word, from 0 on, at most so many at once and never back.
+    pub(crate) fn count(&self, at: Gpa, most: u32) {
+        let counted = &mut self.noted().counted;
+        counted.retain(|word| word.0 != at);
+        counted.push((at, 0, most));
     }
 
     /// What the device stored last in a word in which it counts, whatever software did to it.
     pub(crate) fn counted(&self, at: Gpa) -> u32 {
-        let counted = self.counted.lock().expect("nobody panicked");
-        let word = counted.iter().find(|(word, _)| *word == at);
+        let noted = self.noted();
+        let word = noted.counted.iter().find(|word| word.0 == at);
         word.expect("a word that is counted").1
     }
 
-    /// An access goes to one piece, or to no RAM.
-    fn meet(&self, at: Gpa, len: usize, what: u8) {
+    /// What the device changed since the last time, in order, from the first time on.
+    pub(crate) fn changed(&self) -> Vec<(Gpa, usize)> {
+        self.noted().changed.replace(Vec::new()).unwrap_or_default()
+    }
+
+    /// An access of the device.
+    fn meet(&self, at: Gpa, len: usize, what: u8) -> Result<(&Piece, usize), BusError> {
         self.accesses.fetch_add(1, Ordering::Relaxed);
-        let Some(last) = at.checked_add((len as u64).saturating_sub(1)) else {
-            return;
-        };
-        let mut page = at.page();
-        while page <= last {
-            let Some(rights) = self.page(page) else {
-                return;
-            };
-            let allowed = rights.load(Ordering::Relaxed);
+        let (piece, offset) = self.piece(at, len).ok_or(BusError { addr: at, len })?;
+        let last = offset + len.saturating_sub(1);
+        for page in &piece.pages[offset >> PAGE_SHIFT..=last >> PAGE_SHIFT] {
+            let allowed = page.load(Ordering::Relaxed);
             assert!(
                 allowed & what == what,
                 "the device may not do this: {what:#b} at {at:?}, {len} bytes; allowed {allowed:#b}"
             );
-            page = Gpa(page.0 + PAGE_SIZE);
+            if what != may::READ {
+                page.store(allowed | DIRTY, Ordering::Relaxed);
+            }
         }
+        if what != may::READ
+            && let Some(changed) = &mut self.noted().changed
+        {
+            changed.push((at, len));
+        }
+        Ok((piece, offset))
+    }
+
+    /// An aligned word of the device.
+    fn word(&self, at: Gpa, len: usize, what: u8) -> Result<&AtomicU64, BusError> {
+        if !at.is_aligned(len as u64) {
+            return Err(BusError { addr: at, len });
+        }
+        let (piece, offset) = self.meet(at, len, what)?;
+        Ok(&piece.words[offset / BYTES])
+    }
+
+    /// Zeroes a page that was written to.
+    pub(crate) fn clear(&self, at: Gpa) {
+        let (piece, offset) = self.expect(at, PAGE_SIZE as usize);
+        let page = &piece.pages[offset >> PAGE_SHIFT];
+        let rights = page.load(Ordering::Relaxed);
+        if rights & DIRTY != 0 {
+            page.store(rights & !DIRTY, Ordering::Relaxed);
+            for word in &piece.words[offset / BYTES..][..PAGE_SIZE as usize / BYTES] {
+                word.store(0, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Writes, as software.
+    pub(crate) fn put(&self, at: Gpa, from: &[u8]) {
+        let (piece, offset) = self.expect(at, from.len());
+        let last = offset + from.len().saturating_sub(1);
+        for page in &piece.pages[offset >> PAGE_SHIFT..=last >> PAGE_SHIFT] {
+            page.fetch_or(DIRTY, Ordering::Relaxed);
+        }
+        piece.put(offset, from);
+    }
+
+    /// Reads, as software.
+    pub(crate) fn get<const N: usize>(&self, at: Gpa) -> [u8; N] {
+        let (piece, offset) = self.expect(at, N);
+        let mut bytes = [0; N];
+        piece.get(offset, &mut bytes);
+        bytes
     }
 
     /// Stores a double word, as software.
     pub(crate) fn put_u64(&self, at: Gpa, value: u64) {
-        self.ram
-            .store_u64(at, value, Ordering::SeqCst)
-            .expect("a word of RAM");
+        self.put(at, &value.to_le_bytes());
     }
 
     /// Stores a word, as software.
     pub(crate) fn put_u32(&self, at: Gpa, value: u32) {
-        self.ram
-            .store_u32(at, value, Ordering::SeqCst)
-            .expect("a word of RAM");
+        self.put(at, &value.to_le_bytes());
     }
 
     /// Loads a double word, as software.
     pub(crate) fn get_u64(&self, at: Gpa) -> u64 {
-        let word = self.ram.load_u64(at, Ordering::SeqCst);
-        word.expect("a word of RAM")
+        u64::from_le_bytes(self.get(at))
     }
 
     /// Loads a word, as software.
     pub(crate) fn get_u32(&self, at: Gpa) -> u32 {
-        let word = self.ram.load_u32(at, Ordering::SeqCst);
-        word.expect("a word of RAM")
+        u32::from_le_bytes(self.get(at))
+    }
+}
+
+impl Piece {
+    /// Calls `f` with each word of a range, and where in the word and in the range its part is.
+    fn words(&self, offset: usize, len: usize, mut f: impl FnMut(&AtomicU64, usize, usize, usize)) {
+        let mut done = 0;
+        while done < len {
+            let at = offset + done;
+            let inside = at % BYTES;
+            let part = (BYTES - inside).min(len - done);
+            f(&self.words[at / BYTES], inside, done, part);
+            done += part;
+        }
+    }
+
+    fn get(&self, offset: usize, to: &mut [u8]) {
+        self.words(offset, to.len(), |word, inside, done, part| {
+            let bytes = word.load(Ordering::Relaxed).to_le_bytes();
+            to[done..done + part].copy_from_slice(&bytes[inside..inside + part]);
+        });
+    }
+
+    fn put(&self, offset: usize, from: &[u8]) {
+        self.words(offset, from.len(), |word, inside, done, part| {
+            let mut bytes = word.load(Ordering::Relaxed).to_le_bytes();
+            bytes[inside..inside + part].copy_from_slice(&from[done..done + part]);
+            word.store(u64::from_le_bytes(bytes), Ordering::Relaxed);
+        });
     }
 }
 
 impl Dma for Watched {
     fn read(&self, from: Gpa, to: &mut [u8]) -> Result<(), BusError> {
-        self.meet(from, to.len(), may::READ);
-        self.ram.read(from, to)
+        let (piece, offset) = self.meet(from, to.len(), may::READ)?;
+        piece.get(offset, to);
+        Ok(())
     }
 
     fn write(&self, to: Gpa, from: &[u8]) -> Result<(), BusError> {
-        self.meet(to, from.len(), may::WRITE);
-        self.ram.write(to, from)
+        let (piece, offset) = self.meet(to, from.len(), may::WRITE)?;
+        piece.put(offset, from);
+        Ok(())
     }
 
     fn copy(&self, from: Gpa, to: Gpa, len: usize) -> Result<(), BusError> {
-        self.meet(from, len, may::READ);
-        self.meet(to, len, may::WRITE);
-        self.ram.copy(from, to, len)
+        // Both first: an access that fails moves nothing.
+        self.piece(to, len).ok_or(BusError { addr: to, len })?;
+        let mut bytes = vec![0; len.min(1 << 20)];
+        self.read(from, &mut bytes[..])?;
+        self.write(to, &bytes)
     }
 
-    fn load_u32(&self, at: Gpa, order: Ordering) -> Result<u32, BusError> {
-        self.meet(at, 4, may::READ);
-        self.ram.load_u32(at, order)
+    fn load_u32(&self, at: Gpa, _: Ordering) -> Result<u32, BusError> {
+        let word = self.word(at, 4, may::READ)?.load(Ordering::Relaxed);
+        Ok((word >> (8 * (at.0 & 4))) as u32)
     }
 
-    fn store_u32(&self, at: Gpa, value: u32, order: Ordering) -> Result<(), BusError> {
-        self.meet(at, 4, may::STORE);
-        let mut counted = self.counted.lock().expect("nobody panicked");
-        if let Some((_, last)) = counted.iter_mut().find(|(word, _)| *word == at) {
-            assert_eq!(value, last.wrapping_add(1), "a count at {at:?}");
+    fn store_u32(&self, at: Gpa, value: u32, _: Ordering) -> Result<(), BusError> {
+        let word = self.word(at, 4, may::STORE)?;
+        let shift = 8 * (at.0 & 4);
+        let kept = word.load(Ordering::Relaxed) & !(u64::from(u32::MAX) << shift);
+        word.store(kept | u64::from(value) << shift, Ordering::Relaxed);
+        let counted = &mut self.noted().counted;
+        if let Some((_, last, most)) = counted.iter_mut().find(|word| word.0 == at) {
+            let more = value.wrapping_sub(*last);
+            assert!(
+                (1..=*most).contains(&more),
+                "at {at:?}: {last}, then {value}"
+            );
             *last = value;
         }
-        self.ram.store_u32(at, value, order)
+        Ok(())
     }
 
-    fn load_u64(&self, at: Gpa, order: Ordering) -> Result<u64, BusError> {
-        self.meet(at, 8, may::READ);
-        self.ram.load_u64(at, order)
+    fn load_u64(&self, at: Gpa, _: Ordering) -> Result<u64, BusError> {
+        Ok(self.word(at, 8, may::READ)?.load(Ordering::Relaxed))
     }
 
-    fn store_u64(&self, at: Gpa, value: u64, order: Ordering) -> Result<(), BusError> {
-        self.meet(at, 8, may::STORE);
-        self.ram.store_u64(at, value, order)
+    fn store_u64(&self, at: Gpa, value: u64, _: Ordering) -> Result<(), BusError> {
+        self.word(at, 8, may::STORE)?
+            .store(value, Ordering::Relaxed);
+        Ok(())
     }
 
     fn compare_exchange_u64(&self, at: Gpa, current: u64, new: u64) -> Result<u64, BusError> {
-        self.meet(at, 8, may::SWAP);
-        self.ram.compare_exchange_u64(at, current, new)
+        let word = self.word(at, 8, may::SWAP)?;
+        let found = word.load(Ordering::Relaxed);
+        if found == current {
+            word.store(new, Ordering::Relaxed);
+        }
+        Ok(found)
     }
 
     fn fetch_add_u64(&self, at: Gpa, value: u64) -> Result<u64, BusError> {
-        self.meet(at, 8, may::SWAP);
-        self.ram.fetch_add_u64(at, value)
+        let word = self.word(at, 8, may::SWAP)?;
+        Ok(word.fetch_add(value, Ordering::Relaxed))
     }
 }

@@ -9,7 +9,6 @@ use std::cell::RefCell;
 use std::mem::offset_of;
 
 use extlb_device::Step;
-use extlb_device::ports::Dma;
 use extlb_spec::context::{ContextEntry, ContextError, ContextShadow, flags as context_flags};
 use extlb_spec::invalidation::{Command, CommandKind, InvalidationScope};
 use extlb_spec::page_request::{RequestKind, Response, flags as request_flags};
@@ -48,7 +47,8 @@ enum End {
     /// Here, by the leaf in the entry at the second place.
     Leaf(Gpa, Gpa),
     NotMapped,
-    Broken,
+    /// On the bus, or for reserved bits; by a leaf in this entry that names no RAM.
+    Broken(Option<Gpa>),
 }
 
 struct World {
@@ -80,35 +80,17 @@ impl World {
         [(TABLES, PAGES), (LARGE, HIGH_PAGES), (HUGE, HIGH_PAGES)]
     }
 
-    fn image(&self) -> Vec<u8> {
-        let mut image = Vec::with_capacity(((PAGES + 2 * HIGH_PAGES) * PAGE_SIZE) as usize);
-        for (start, pages) in Self::pieces() {
-            let mut bytes = vec![0; (pages * PAGE_SIZE) as usize];
-            self.machine
-                .memory
-                .ram
-                .read(start, &mut bytes)
-                .expect("RAM");
-            image.extend_from_slice(&bytes);
-        }
-        image
-    }
-
-    /// Where in the image an address is.
-    fn place(at: Gpa) -> Option<usize> {
-        let mut base = 0;
-        for (start, pages) in Self::pieces() {
-            let bytes = pages * PAGE_SIZE;
-            if let Some(inside) = at.0.checked_sub(start.0).filter(|inside| *inside < bytes) {
-                return Some((base + inside) as usize);
-            }
-            base += bytes;
-        }
-        None
+    /// Whether an address is in one of them.
+    fn is_own(at: Gpa) -> bool {
+        let inside = |(start, pages): &(Gpa, u64)| {
+            let offset = at.0.checked_sub(start.0);
+            offset.is_some_and(|offset| offset < pages * PAGE_SIZE)
+        };
+        Self::pieces().iter().any(inside)
     }
 
     fn is_ram(at: Gpa) -> bool {
-        at.0 < OWN.0 + OWN_PAGES * PAGE_SIZE || Self::place(at).is_some()
+        at.0 < OWN.0 + OWN_PAGES * PAGE_SIZE || Self::is_own(at)
     }
 
     /// The reference: one loop, by the words of the datasheet.
@@ -118,7 +100,7 @@ impl World {
             let shift = 12 + 9 * (level - 1);
             let at = table + (iova >> shift) % 512 * 8;
             if !Self::is_ram(Gpa(at)) {
-                return End::Broken;
+                return End::Broken(None);
             }
             let entry = self.machine.memory.get_u64(Gpa(at));
             if entry & 1 == 0 {
@@ -133,8 +115,8 @@ impl World {
             if !leaf {
                 reserved |= 0x60;
             }
-            if entry & reserved != 0 || leaf && address % (1 << shift) != 0 {
-                return End::Broken;
+            if entry & reserved != 0 || leaf && !address.is_multiple_of(1 << shift) {
+                return End::Broken(None);
             }
             if !leaf {
                 table = address;
@@ -146,10 +128,10 @@ impl World {
             let to = Gpa(address + iova % (1 << shift));
             return match Self::is_ram(to) {
                 true => End::Leaf(to, Gpa(at)),
-                false => End::Broken,
+                false => End::Broken(Some(Gpa(at))),
             };
         }
-        End::Broken
+        End::Broken(None)
     }
 
     /// Fills memory from the input, and starts the context.
@@ -161,18 +143,14 @@ impl World {
         for (start, pages) in Self::pieces() {
             for page in 0..pages {
                 let at = Gpa(start.0 + page * PAGE_SIZE);
-                memory.ram.write(at, &[0; PAGE_SIZE as usize]).expect("RAM");
+                memory.clear(at);
             }
         }
-        memory
-            .ram
-            .write(SHADOW, &[0; PAGE_SIZE as usize])
-            .expect("RAM");
+        memory.clear(SHADOW);
         for _ in 0..input.u8() {
             self.entry(input);
         }
-        // The way to ring and record, last: it is always there. It names RAM that no entry of
-        // the input can name, as its pages are none of `pieces`.
+        // The way to ring and record, last: it is always there.
         for (table, next) in [(0, 1), (1, 2)] {
             let at = Gpa(OWN.0 + table * PAGE_SIZE);
             memory.put_u64(at, (OWN.0 + next * PAGE_SIZE) | 1);
@@ -208,14 +186,14 @@ impl World {
             // A table, or a small leaf, in the same memory.
             2..=9 => {
                 let bits = u64::from(input.u16());
-                TABLES.0 + (bits >> 12 & 7) * PAGE_SIZE | bits & 0xfff
+                (TABLES.0 + (bits >> 12 & 7) * PAGE_SIZE) | bits & 0xfff
             }
             10 | 11 => LARGE.0 | u64::from(input.u16()),
             12 | 13 => HUGE.0 | u64::from(input.u16()),
             // A leaf's address near the end of RAM.
-            14 => LARGE.0 + HIGH_PAGES * PAGE_SIZE - PAGE_SIZE * input.below(3) | 3,
+            14 => (LARGE.0 + (HIGH_PAGES - input.below(3)) * PAGE_SIZE) | 3,
             // One bit more than a leaf has, somewhere.
-            _ => 1 << input.below(64) | TABLES.0 + 5 * PAGE_SIZE | 3,
+            _ => (1 << input.below(64)) | (TABLES.0 + 5 * PAGE_SIZE) | 3,
         };
         // Nothing of the device's own: its tables, its ring and its words are not for data.
         let address = raw & 0x000f_ffff_ffff_f000;
@@ -229,8 +207,9 @@ impl World {
     /// themselves can map anything.
     fn is_fair(to: Gpa, entry: Gpa, write: bool) -> bool {
         let words = [entry.0 >> 3, (TABLES.0 + 511 * 8) >> 3];
-        let own = Self::place(to).is_none() || Self::place(entry).is_none();
-        !own && !(write && words.contains(&(to.0 >> 3)))
+        let own = !Self::is_own(to) || !Self::is_own(entry);
+        let spoils = write && words.contains(&(to.0 >> 3));
+        !own && !spoils
     }
 
     /// Lets the device come to rest.
@@ -246,11 +225,19 @@ impl World {
         panic!("the device does not come to rest");
     }
 
-    /// Accesses one byte; whether to go on.
-    fn access(&mut self, iova: u64, write: bool, value: u8) -> bool {
+    /// Accesses one byte.
+    fn access(&mut self, iova: u64, write: bool, value: u8) {
         let iova = iova % (511 << 39);
         let expected = self.walk(iova, write);
-        let mut image = self.image();
+        let memory = self.machine.memory.clone();
+        let word = |at: Option<Gpa>| at.map_or(0, |at| memory.get_u64(at));
+        let (to, entry) = match expected {
+            End::Leaf(to, entry) => (Some(to), Some(entry)),
+            End::NotMapped => (None, None),
+            End::Broken(entry) => (None, entry),
+        };
+        let byte = |to: Option<Gpa>| to.map_or(0, |to| u8::from_le_bytes(memory.get(to)));
+        let (old_entry, old_byte) = (word(entry), byte(to));
         let slot = u64::from(self.tail % (1 << RING_LOG2));
         let record = RECORD + slot * Completion::SIZE as u64;
         let descriptor = Descriptor {
@@ -262,13 +249,13 @@ impl World {
             arg: if write { u64::from(value) } else { 0 },
             ..Default::default()
         };
-        let memory = self.machine.memory.clone();
         let at = Gpa(RING_PAGE.0 + slot * Descriptor::SIZE as u64);
-        memory.ram.write(at, &descriptor.to_bytes()).expect("RAM");
+        memory.put(at, &descriptor.to_bytes());
         memory.put_u32(Gpa(RING_PAGE.0 + record), 0);
         self.tail = self.tail.wrapping_add(1);
         memory.put_u32(SHADOW, self.tail);
         let before = memory.accesses();
+        memory.changed();
         self.machine.doorbell(CONTEXT);
         self.rest();
         let mut asked = None;
@@ -287,57 +274,42 @@ impl World {
         }
         let accesses = memory.accesses() - before;
         assert!(accesses <= ACCESSES, "{accesses} accesses for a byte");
-        let mut bytes = [0; Completion::SIZE];
-        let at = Gpa(RING_PAGE.0 + record);
-        memory.ram.read(at, &mut bytes).expect("RAM");
-        let done = Completion::from_bytes(&bytes);
+        let done = Completion::from_bytes(&memory.get(Gpa(RING_PAGE.0 + record)));
         let status = Status::from_raw(done.status).expect("a status with a name");
+        let used = old_entry | if write { 0x60 } else { 0x20 };
+        // What must have been changed, beside the device's own words and records.
+        let mut changes = Vec::new();
+        if let Some(entry) = entry {
+            changes.extend((used != old_entry).then_some((entry, 8)));
+            assert_eq!(memory.get_u64(entry), used, "accessed and dirty");
+        }
         match expected {
-            End::Leaf(to, entry) => {
+            End::Leaf(to, _) => {
                 assert_eq!((status, done.bytes, asked), (Status::Success, 1, None));
-                let place = Self::place(to).expect("in RAM");
-                let entry = Self::place(entry).expect("in RAM");
-                if !write {
-                    // Read before the bits were set, or after: the byte may be the entry's.
-                    let old = crc(image[place]);
-                    image[entry] |= 0x20;
-                    let new = crc(image[place]);
-                    assert!(done.result == old || done.result == new, "another byte");
+                let new = byte(Some(to));
+                if write {
+                    changes.push((to, 1));
+                    assert_eq!(new, value);
                 } else {
-                    image[entry] |= 0x60;
-                    image[place] = value;
+                    // It may be a byte of the entry: read before the bits were set, or after.
+                    let sums = [crc(old_byte), crc(new)];
+                    assert!(sums.contains(&done.result), "another byte");
                 }
             }
             End::NotMapped => {
                 assert_eq!(status, Status::PageFault, "{done:?}");
                 assert_eq!((done.fault_addr, done.bytes), (iova, 0));
-                assert_eq!(done.fault_write, u32::from(write));
+                assert_eq!(done.fault, u32::from(write));
                 assert_eq!(asked, Some((iova & !(PAGE_SIZE - 1), write)));
             }
-            End::Broken => {
+            End::Broken(_) => {
                 assert_eq!(status, Status::BusError, "{done:?}");
                 assert_eq!((done.fault_addr, done.bytes, asked), (iova, 0, None));
-                // The walk may have set the bits of a leaf that names no RAM.
-                return self.only_bits_differ(&image);
             }
         }
-        assert!(
-            self.image() == image,
-            "memory was changed beside the access"
-        );
-        true
-    }
-
-    /// After an access that ended on the bus: at most the bits of one entry were set.
-    fn only_bits_differ(&self, before: &[u8]) -> bool {
-        let now = self.image();
-        let changed: Vec<_> = (0..now.len()).filter(|i| now[*i] != before[*i]).collect();
-        assert!(changed.len() <= 1, "{} bytes changed", changed.len());
-        for at in changed {
-            assert_eq!(at % 8, 0, "no entry's first byte");
-            assert_eq!((now[at] ^ before[at]) & !0x60, 0, "other bits");
-        }
-        true
+        let changed = memory.changed();
+        let changed: Vec<_> = changed.into_iter().filter(|c| Self::is_own(c.0)).collect();
+        assert_eq!(changed, changes, "changed, and should be");
     }
 
     /// Forgets all translations.

@@ -3,7 +3,8 @@
 
 use extlb_spec::invalidation::{Command, CommandKind, InvalidationScope, wait};
 use extlb_spec::pte::bit;
-use extlb_spec::work::{Descriptor, Opcode};
+use extlb_spec::work::{Descriptor, Opcode, flags};
+use extlb_spec::{BAR_DOORBELLS, BAR_MSIX, BAR_REGS, regs};
 
 /// Maps a page of the window to a frame.
 fn map(place: u8, frame: u8, write: bool) -> Vec<u8> {
@@ -47,22 +48,62 @@ pub fn descriptors() -> Vec<Vec<u8>> {
     let pages = [map(4, 0, true), map(5, 1, true), map(6, 2, false)].concat();
     let copy = compact(Opcode::Copy, 0x0410, 0x4f00, 0x5800);
     let mut seeds = Vec::new();
-    for opcode in Opcode::TABLE.values {
-        let opcode = Opcode::from_raw(opcode.value as u8).expect("in its table");
-        let op = compact(opcode, 0x0420, 0x4010, 0x5020);
+    let ask = [STEP, YES, YES, STEP, NO].concat();
+    for (opcode, len) in [
+        (Opcode::Nop, 0),
+        (Opcode::Copy, 0x0420),
+        (Opcode::Fill, 0x0420),
+        (Opcode::Crc32c, 0x0420),
+        (Opcode::Compare, 0x0420),
+        (Opcode::FetchAdd, 8),
+        (Opcode::CompareSwap, 8),
+        (Opcode::Fence, 0),
+        (Opcode::Batch, 4),
+    ] {
+        let op = compact(opcode, len, 0x4000, 0x5020);
         seeds.push([pages.clone(), op.clone(), STEP.into()].concat());
         // Nothing is mapped: asked for, and given, or not.
-        seeds.push(
-            [
-                op.clone(),
-                STEP.into(),
-                YES.into(),
-                YES.into(),
-                STEP.into(),
-                NO.into(),
-            ]
-            .concat(),
-        );
+        seeds.push([op, ask.clone()].concat());
+    }
+    // A batch of three, of which one faults, and a fence; lists on both sides.
+    let mut batch = vec![22, 0x10, 4];
+    for (opcode, len, src) in [
+        (Opcode::Copy, 0x0410, 0x4200),
+        (Opcode::Copy, 0x0410, 0x9000),
+        (Opcode::Fence, 0, 0),
+        (Opcode::Fill, 0x20, 0),
+    ] {
+        batch.extend_from_slice(&compact(opcode, len, src, 0x5080)[1..]);
+    }
+    let run = compact(Opcode::Batch, 4, 0x4000, 0);
+    seeds.push(
+        [
+            pages.clone(),
+            batch,
+            run,
+            STEP.into(),
+            NO.into(),
+            STEP.into(),
+        ]
+        .concat(),
+    );
+    let segments = [0x40u8, 0x44, 0x50]
+        .map(|page| vec![0, 8, page, 0x20])
+        .concat();
+    let list = [vec![22, 0x00, 3], segments].concat();
+    for flags in [
+        flags::SRC_LIST,
+        flags::SRC_LIST | flags::DST_LIST,
+        flags::QUIET,
+    ] {
+        let mut copy = compact(Opcode::Copy, 0x60, 0x4000, 0x4000);
+        (copy[4], copy[11]) = (flags, 3);
+        seeds.push([pages.clone(), list.clone(), copy, STEP.into(), NO.into()].concat());
+    }
+    // Overlapping, from above and from below.
+    for (src, dst) in [(0x4000, 0x4010), (0x4010, 0x4000)] {
+        let op = compact(Opcode::Copy, 0x05ff, src, dst);
+        seeds.push([pages.clone(), op, STEP.into(), NO.into(), STEP.into()].concat());
     }
     // Both contexts, and pages taken back in the middle.
     let both = [
@@ -292,4 +333,85 @@ pub fn commands() -> Vec<Vec<u8>> {
     }
     seeds.push(vec![2, 0xaa, 0, 0, 0, 0]);
     seeds
+}
+
+/// A message of vfio-user: what comes with it, its command, flags and words, and the bytes after.
+fn message(with: u8, command: u16, flags: u32, words: &[u32], rest: &[u8]) -> Vec<u8> {
+    let body = words.iter().flat_map(|word| word.to_le_bytes());
+    let body: Vec<u8> = body.chain(rest.iter().copied()).collect();
+    let mut bytes = vec![with];
+    bytes.extend(1u16.to_le_bytes());
+    bytes.extend(command.to_le_bytes());
+    bytes.extend((16 + body.len() as u32).to_le_bytes());
+    bytes.extend(flags.to_le_bytes());
+    bytes.extend(0u32.to_le_bytes());
+    bytes.extend(body);
+    bytes
+}
+
+/// Sessions of a client, by the numbers of the vfio-user specification.
+pub fn messages() -> Vec<Vec<u8>> {
+    const MSIX: u32 = 2;
+    const CONFIG: u32 = 7;
+    const EVENTS: u8 = 1 << 4;
+    const STRANGER: u8 = 1 << 7;
+    let (registers, bells) = (u32::from(BAR_REGS), u32::from(BAR_DOORBELLS));
+    let ask = |command: u16, words: &[u32]| message(0, command, 0, words, &[]);
+    let set = |register: &regs::Register, value: u32| {
+        ask(10, &[register.offset as u32, 0, registers, 4, value])
+    };
+    let version = message(STRANGER, 1, 0, &[0], b"{\"capabilities\":{}}\0");
+    let map = message(1, 2, 0, &[32, 3, 0, 0, 0, 0, 0x1_0000, 0], &[]);
+    let part = message(1, 2, 0, &[32, 1, 0x1000, 0, 0x8000, 0, 0x1000, 0], &[]);
+    let no_file = ask(2, &[32, 3, 0, 0, 0xa_0000, 0, 0x1_0000, 0]);
+    let (unmap, unmap_all) = (
+        ask(3, &[24, 0, 0, 0, 0x1_0000, 0]),
+        ask(3, &[24, 2, 0, 0, 0, 0]),
+    );
+    let events = message(EVENTS | 4, 8, 0, &[20, 0x24, MSIX, 0, 4], &[]);
+    let master = message(0, 10, 0, &[4, 0, CONFIG, 2], &[6, 0]);
+    let enable = [
+        set(&regs::CTX_TABLE, 0x1000),
+        set(&regs::CTX_COUNT, 16),
+        set(&regs::IQ_BASE, 0x2000),
+        set(&regs::IQ_LOG2, 4),
+        set(&regs::PRQ_BASE, 0x3000),
+        set(&regs::PRQ_LOG2, 4),
+        set(&regs::SHADOW, 0x4000),
+        set(&regs::CTRL, 1),
+    ];
+    let start = [map.clone(), events.clone(), master, enable.concat()].concat();
+    let kick = [
+        set(&regs::KICK, 1),
+        ask(9, &[regs::STATUS.offset as u32, 0, registers, 4]),
+    ]
+    .concat();
+    let bell = message(0, 10, 1 << 4, &[0x1000, 0, bells, 4, 1], &[]);
+    vec![
+        [version, ask(4, &[16, 0, 0, 0])].concat(),
+        ask(4, &[16, 0, 0, 0]),
+        (0..10)
+            .flat_map(|region| ask(5, &[32, 0, region, 0, 0, 0, 0, 0]))
+            .collect(),
+        ask(6, &[16, 0, 0, 0]),
+        (0..6)
+            .flat_map(|index| ask(7, &[16, 0, index, 0]))
+            .collect(),
+        [map.clone(), unmap.clone()].concat(),
+        [map.clone(), part.clone(), unmap].concat(),
+        [no_file, map.clone(), part, unmap_all.clone()].concat(),
+        [events, ask(8, &[20, 0x21, MSIX, 0, 4])].concat(),
+        message(0, 8, 0, &[23, 0x0a, MSIX, 1, 3], &[1, 0, 1]),
+        ask(9, &[0, 0, CONFIG, 256]),
+        ask(9, &[0x1000, 0, u32::from(BAR_MSIX), 8]),
+        ask(9, &[0, 0, bells, 1 << 20]),
+        [start.clone(), kick.clone(), bell].concat(),
+        [start.clone(), ask(13, &[]), kick.clone()].concat(),
+        [start, unmap_all, kick].concat(),
+        ask(
+            15,
+            &[2, 0, 0x1000, 0, bells, 4, 1, 0, 0x2000, 0, bells, 8, 1, 0],
+        ),
+        ask(99, &[1, 2, 3]),
+    ]
 }

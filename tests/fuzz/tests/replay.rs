@@ -63,3 +63,8 @@ fn page_tables() {
 fn commands() {
     replay("commands");
 }
+
+#[test]
+fn messages() {
+    replay("messages");
+}
