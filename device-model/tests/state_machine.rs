@@ -1,0 +1,407 @@
+//! Random lives of a whole device, each access of which is judged by a reference model.
+
+mod common;
+mod model;
+
+use std::sync::Arc;
+
+use extlb_spec::page_request::Response;
+use extlb_spec::work::{Descriptor, Opcode};
+use model::world::{CONTEXTS, Change, LARGE, SMALL, SMALL_PAGES, World};
+use model::{Command, Scope};
+use proptest::prelude::*;
+
+use common::PAGE;
+
+/// Where an operand, or a change, is: on a single page or in the piece that may be large.
+#[derive(Clone, Copy, Debug)]
+enum Place {
+    Small(u64),
+    Large(u64),
+    Ring,
+    Records,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Work {
+    Nop,
+    Fence,
+    Bad,
+    Copy,
+    Fill,
+    Crc,
+    Compare,
+    FetchAdd,
+    CompareSwap,
+}
+
+#[derive(Clone, Debug)]
+enum Action {
+    Submit {
+        context: u32,
+        work: Work,
+        src: Place,
+        dst: Place,
+        offset: u64,
+        len: u64,
+        kick: bool,
+    },
+    Ring(u32),
+    Engine(u32),
+    Queue(u32),
+    /// Changes a leaf; then perhaps invalidates, waits on a level, and lets the device do so.
+    Change {
+        context: u32,
+        place: Place,
+        change: Change,
+        shoot: Shoot,
+    },
+    Large {
+        context: u32,
+        map: bool,
+        shoot: Shoot,
+    },
+    Split(u32),
+    Invalidate(u32, Option<(Place, u64)>),
+    All,
+    Wait(u32, bool),
+    Take,
+    /// Answers one of the requests so far, counted from the latest: late and twice as well.
+    Answer(usize, Response, bool),
+    Start(u32),
+    Stop(u32),
+    Credits(u32, u32),
+    BusMaster(bool),
+    Reset(bool),
+    /// Actions of the kernel in the middle of a coming access to data.
+    Within(u64, Vec<Action>),
+    Settle,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Shoot {
+    invalidate: bool,
+    wait: Option<u32>,
+    steps: u32,
+}
+
+/// Sources and destinations apart, so that copies do not overlap.
+fn address(place: Place, target: bool) -> u64 {
+    let half = SMALL_PAGES / 2;
+    match place {
+        Place::Small(n) => SMALL + (n % half + if target { half } else { 0 }) * PAGE,
+        Place::Large(n) => LARGE + (n % 4 + if target { 508 } else { 0 }) * PAGE,
+        Place::Ring | Place::Records => SMALL,
+    }
+}
+
+fn page(world: &World, context: u32, place: Place, target: bool) -> u64 {
+    let process = &world.processes[context as usize];
+    match place {
+        Place::Ring => process.ring.0,
+        Place::Records => process.records.0,
+        _ => address(place, target),
+    }
+}
+
+fn shoot(world: &World, scope: Scope, shoot: Shoot) {
+    if shoot.invalidate && world.post(Command::Invalidate(scope)) {
+        if let Some(level) = shoot.wait {
+            world.wait(level, level == 1);
+        }
+    }
+    (0..shoot.steps).for_each(|_| world.queue_step());
+}
+
+fn act(world: &Arc<World>, action: &Action) -> Result<(), String> {
+    match action {
+        Action::Submit {
+            context,
+            work,
+            src,
+            dst,
+            offset,
+            len,
+            kick,
+        } => world.submit(
+            *context,
+            descriptor(*work, *src, *dst, *offset, *len),
+            *kick,
+        ),
+        Action::Ring(context) => world.ring(*context),
+        Action::Engine(steps) => (0..*steps).for_each(|_| world.engine_step()),
+        Action::Start(context) => world.start(*context),
+        Action::Stop(context) => world.stop(*context),
+        Action::Credits(context, credits) => world.change(*context, *credits),
+        Action::BusMaster(on) => world.set_bus_master(*on),
+        Action::Reset(disable) => world.reset(*disable),
+        Action::Take => drop(world.take()),
+        Action::Within(after, actions) => {
+            let actions = actions.clone();
+            let act = move |world: &World| actions.iter().for_each(|a| kernel(world, a));
+            *world.within.lock().unwrap() = Some((*after, Box::new(act)));
+        }
+        Action::Settle => world.settle()?,
+        other => kernel(world, other),
+    }
+    world.check()
+}
+
+/// What the kernel can do at any time, also in the middle of an access.
+fn kernel(world: &World, action: &Action) {
+    match action {
+        Action::Queue(steps) => (0..*steps).for_each(|_| world.queue_step()),
+        Action::Change {
+            context,
+            place,
+            change,
+            shoot: how,
+        } => {
+            for target in [false, true] {
+                let page = page(world, *context, *place, target);
+                world.change_leaf(*context, page, *change);
+                shoot(world, Scope::Range(*context, page, page + PAGE), *how);
+                if matches!(place, Place::Ring | Place::Records) {
+                    break;
+                }
+            }
+        }
+        Action::Large {
+            context,
+            map,
+            shoot: how,
+        } => {
+            world.map_large(*context, *map);
+            shoot(
+                world,
+                Scope::Range(*context, LARGE, LARGE + (2 << 20)),
+                *how,
+            );
+        }
+        Action::Split(context) => world.split(*context),
+        Action::Invalidate(context, range) => {
+            let scope = match range {
+                Some((place, pages)) => {
+                    let start = page(world, *context, *place, false);
+                    Scope::Range(*context, start, start + pages * PAGE)
+                }
+                None => Scope::Context(*context),
+            };
+            world.post(Command::Invalidate(scope));
+        }
+        Action::All => drop(world.post(Command::Invalidate(Scope::All))),
+        Action::Wait(level, interrupt) => world.wait(*level, *interrupt),
+        Action::Answer(back, response, map) => {
+            let requests = world.model().requests.clone();
+            let at = requests.len().checked_sub(1 + back % requests.len().max(1));
+            let Some(&(context, group)) = at.and_then(|at| requests.get(at)) else {
+                return;
+            };
+            let open = world.model().open_groups();
+            let open = open.iter().find(|o| (o.0, o.1) == (context, group));
+            if let (Some(&(_, _, page, write)), true) = (open, *map) {
+                world.map_for(context, page, write);
+            }
+            world.respond(context, group, *response);
+        }
+        _ => {}
+    }
+}
+
+fn descriptor(work: Work, src: Place, dst: Place, offset: u64, len: u64) -> Descriptor {
+    let (mut src, mut dst) = (address(src, false) + offset, address(dst, true) + offset);
+    let (mut len, mut arg) = (len, 0x0123_4567_89ab_cdef);
+    let opcode = match work {
+        Work::Nop | Work::Fence => {
+            (src, dst, len, arg) = (0, 0, 0, 0);
+            match work {
+                Work::Nop => Opcode::Nop as u8,
+                _ => Opcode::Fence as u8,
+            }
+        }
+        Work::Bad => 200,
+        Work::Copy => Opcode::Copy as u8,
+        Work::Fill => Opcode::Fill as u8,
+        Work::Crc => {
+            arg = 7;
+            Opcode::Crc32c as u8
+        }
+        Work::Compare => Opcode::Compare as u8,
+        Work::FetchAdd | Work::CompareSwap => {
+            (dst, len) = (dst & !7, 8);
+            match work {
+                Work::FetchAdd => {
+                    src = 0;
+                    Opcode::FetchAdd as u8
+                }
+                _ => Opcode::CompareSwap as u8,
+            }
+        }
+    };
+    if matches!(work, Work::Fill) {
+        src = 0;
+    }
+    if matches!(work, Work::Crc) {
+        dst = 0;
+    }
+    if matches!(work, Work::Copy | Work::Compare) {
+        arg = 0;
+    }
+    Descriptor {
+        opcode,
+        src,
+        dst,
+        len,
+        arg,
+        ..Default::default()
+    }
+}
+
+fn context() -> impl Strategy<Value = u32> {
+    // Mostly one: the others are there to be left alone.
+    prop_oneof![3 => Just(0), 2 => 1..CONTEXTS]
+}
+
+fn place() -> impl Strategy<Value = Place> {
+    prop_oneof![
+        8 => (0..4u64).prop_map(Place::Small),
+        3 => (0..4u64).prop_map(Place::Large),
+        1 => Just(Place::Ring),
+        1 => Just(Place::Records),
+    ]
+}
+
+fn operand() -> impl Strategy<Value = Place> {
+    prop_oneof![
+        3 => (0..4u64).prop_map(Place::Small),
+        1 => (0..4u64).prop_map(Place::Large),
+    ]
+}
+
+fn work() -> impl Strategy<Value = Work> {
+    prop_oneof![
+        1 => Just(Work::Nop),
+        1 => Just(Work::Fence),
+        1 => Just(Work::Bad),
+        1 => Just(Work::Crc),
+        1 => Just(Work::Compare),
+        1 => Just(Work::FetchAdd),
+        1 => Just(Work::CompareSwap),
+        2 => Just(Work::Fill),
+        3 => Just(Work::Copy),
+    ]
+}
+
+fn how() -> impl Strategy<Value = Shoot> {
+    (
+        prop::bool::weighted(0.8),
+        prop::option::weighted(0.8, 0..3u32),
+        0..4u32,
+    )
+        .prop_map(|(invalidate, wait, steps)| Shoot {
+            invalidate,
+            wait,
+            steps,
+        })
+}
+
+fn change() -> impl Strategy<Value = Change> {
+    prop_oneof![
+        2 => any::<bool>().prop_map(|write| Change::Map { write }),
+        2 => Just(Change::Unmap),
+        1 => any::<bool>().prop_map(|write| Change::Protect { write }),
+    ]
+}
+
+fn response() -> impl Strategy<Value = Response> {
+    prop_oneof![
+        6 => Just(Response::Success),
+        2 => Just(Response::Invalid),
+        1 => Just(Response::Failure),
+    ]
+}
+
+fn kernel_action() -> impl Strategy<Value = Action> {
+    prop_oneof![
+        3 => (1..4u32).prop_map(Action::Queue),
+        6 => (context(), place(), change(), how()).prop_map(|(context, place, change, shoot)| {
+            Action::Change { context, place, change, shoot }
+        }),
+        1 => (context(), any::<bool>(), how())
+            .prop_map(|(context, map, shoot)| Action::Large { context, map, shoot }),
+        1 => context().prop_map(Action::Split),
+        2 => (context(), prop::option::of((place(), 0..6u64)))
+            .prop_map(|(context, range)| Action::Invalidate(context, range)),
+        1 => Just(Action::All),
+        2 => (0..3u32, any::<bool>()).prop_map(|(level, interrupt)| Action::Wait(level, interrupt)),
+        4 => (prop_oneof![4 => 0..3usize, 1 => 0..40usize], response(), prop::bool::weighted(0.8))
+            .prop_map(|(back, response, map)| Action::Answer(back, response, map)),
+    ]
+}
+
+fn action() -> impl Strategy<Value = Action> {
+    let submit = (
+        context(),
+        work(),
+        operand(),
+        operand(),
+        0..PAGE,
+        1..3 * PAGE,
+        prop::bool::weighted(0.8),
+    )
+        .prop_map(
+            |(context, work, src, dst, offset, len, kick)| Action::Submit {
+                context,
+                work,
+                src,
+                dst,
+                offset,
+                len,
+                kick,
+            },
+        );
+    prop_oneof![
+        8 => submit,
+        1 => context().prop_map(Action::Ring),
+        10 => (1..6u32).prop_map(Action::Engine),
+        12 => kernel_action(),
+        4 => Just(Action::Take),
+        2 => context().prop_map(Action::Start),
+        1 => context().prop_map(Action::Stop),
+        1 => (context(), 1..4u32).prop_map(|(context, credits)| Action::Credits(context, credits)),
+        2 => any::<bool>().prop_map(Action::BusMaster),
+        1 => prop::bool::weighted(0.5).prop_map(Action::Reset),
+        6 => (0..6u64, prop::collection::vec(kernel_action(), 1..5))
+            .prop_map(|(after, actions)| Action::Within(after, actions)),
+        1 => Just(Action::Settle),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        cases: std::env::var("EXTLB_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(150),
+        failure_persistence: None,
+        ..Default::default()
+    })]
+
+    #[test]
+    fn a_device_does_nothing_that_the_model_does_not_allow(
+        polls in any::<bool>(),
+        tlb in prop_oneof![Just((1, 1)), Just((2, 2)), Just((16, 4))],
+        chunk in prop_oneof![Just(4096u32), Just(32768)],
+        actions in prop::collection::vec(action(), 1..120),
+    ) {
+        let world = World::new(if polls { 100 } else { 0 }, |config| {
+            (config.tlb.sets, config.tlb.ways) = tlb;
+            config.schedule.chunk = chunk;
+        });
+        for (n, action) in actions.iter().enumerate() {
+            if let Err(why) = act(&world, action) {
+                return Err(TestCaseError::fail(format!("action {n}, {action:?}: {why}")));
+            }
+        }
+        if let Err(why) = world.settle() {
+            return Err(TestCaseError::fail(format!("at the end: {why}")));
+        }
+    }
+}
