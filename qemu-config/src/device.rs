@@ -14,6 +14,8 @@ use crate::qemu::command::device_arguments;
 /// Options of the server.
 #[derive(Debug, clap::Args)]
 #[command(after_long_help = fault::help())]
+// The flattened ones are a group of that name already.
+#[group(skip)]
 pub struct Arguments {
     #[command(flatten)]
     server: server::Arguments,
