@@ -71,7 +71,8 @@ impl Bell {
         let _ = self.alarm.set(alarm);
     }
 
-    fn ring_invalidation(&self) {
+    /// Wakes the thread that serves the queue, rather than serve it here.
+    pub(crate) fn ring_invalidation(&self) {
         lock(&self.state).invalidation = true;
         self.invalidation.notify_one();
     }

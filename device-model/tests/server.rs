@@ -25,7 +25,7 @@ fn serve(folder: &Path, once: bool) -> (std::path::PathBuf, std::thread::JoinHan
         report: Some(folder.join("report.json")),
         config: Config::default(),
         once,
-        record: None,
+        ..Options::default()
     })
     .expect("listens");
     let thread = std::thread::spawn(move || server.serve().expect("serves"));

@@ -7,6 +7,7 @@ use std::sync::{Arc, Weak};
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::mman::{MapFlags, ProtFlags};
+use vm_memory::mmap::MmapRegionError as Error;
 use vm_memory::{FileOffset, MmapRegion};
 
 /// Files in use at once.
@@ -70,7 +71,7 @@ impl Files {
 }
 
 /// Forbids that the file shrinks, if it can be. Whether it cannot shrink now.
-fn seal(file: &File) -> bool {
+pub(crate) fn seal(file: &File) -> bool {
     let sealed = || {
         let seals = fcntl(file, FcntlArg::F_GET_SEALS).ok()?;
         Some(SealFlag::from_bits_truncate(seals).contains(SealFlag::F_SEAL_SHRINK))
@@ -93,10 +94,13 @@ fn map(file: File, len: u64, write: bool) -> io::Result<MmapRegion> {
     let flags = (MapFlags::MAP_SHARED | MapFlags::MAP_NORESERVE).bits();
     let at = FileOffset::new(file, 0);
     let map = |prot: ProtFlags| MmapRegion::build(Some(at.clone()), len, prot.bits(), flags);
-    let both = map(ProtFlags::PROT_READ | ProtFlags::PROT_WRITE);
-    match both {
+    match map(ProtFlags::PROT_READ | ProtFlags::PROT_WRITE) {
         // A ROM, for instance.
-        Err(_) if !write => map(ProtFlags::PROT_READ).map_err(io::Error::other),
-        both => both.map_err(io::Error::other),
+        Err(_) if !write => map(ProtFlags::PROT_READ),
+        both => both,
     }
+    .map_err(|error| match error {
+        Error::Mmap(error) => error,
+        error => io::Error::new(io::ErrorKind::InvalidInput, error),
+    })
 }

@@ -2,12 +2,13 @@
 
 mod chunks;
 mod files;
+mod indirect;
 mod ranges;
 
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex};
 
 use arc_swap::ArcSwap;
@@ -17,8 +18,10 @@ use vm_memory::{MmapRegion, VolatileMemory as _, VolatileSlice};
 
 use crate::ports::{BusError, Dma};
 use crate::sync::lock;
+pub(crate) use files::seal;
 use files::{Files, invalid};
-use ranges::{Ranges, Target};
+pub(crate) use indirect::Indirect;
+use ranges::{Found, Ranges, Store, Target};
 pub(crate) use ranges::{Removed, Rights};
 
 /// Guest RAM whose map can change while the device runs. Clones share the map.
@@ -39,7 +42,7 @@ impl GuestRam {
         for (start, len) in ranges {
             let region = MmapRegion::new(*len).map_err(io::Error::other)?;
             let target = Target {
-                region: Arc::new(region),
+                store: Store::Mapped(Arc::new(region)),
                 offset: 0,
                 rights: Rights::ALL,
             };
@@ -93,13 +96,35 @@ impl GuestRam {
         let end = end.ok_or_else(|| invalid("no file is that long"))?;
         self.change(|ranges, files| {
             let target = Target {
-                region: files.open(file, end, rights.write)?,
+                store: Store::Mapped(files.open(file, end, rights.write)?),
                 offset,
                 rights,
             };
             let replaced = ranges.insert(range, target);
             replaced.ok_or_else(|| invalid("too many ranges of memory"))
         })
+    }
+
+    /// Lets `[offset, offset + len)` of what has to be asked for answer at `[at, at + len)`;
+    /// likewise. There, atomic operations are bus errors, and words are plain bytes.
+    pub(crate) fn map_asked(
+        &self,
+        at: Gpa,
+        len: u64,
+        by: Arc<dyn Indirect>,
+        offset: u64,
+        rights: Rights,
+    ) -> io::Result<Removed> {
+        let range = checked(at, len)?;
+        let end = offset.checked_add(len);
+        end.ok_or_else(|| invalid("no memory is that long"))?;
+        let target = Target {
+            store: Store::Asked(by),
+            offset,
+            rights,
+        };
+        let replaced = self.change(|ranges, _| ranges.insert(range, target));
+        replaced.ok_or_else(|| invalid("too many ranges of memory"))
     }
 
     /// Takes a range out, see [`GuestRam::unmap`].
@@ -131,12 +156,65 @@ impl GuestRam {
         at: Gpa,
         len: usize,
         needed: Rights,
-        f: impl FnOnce(VolatileSlice<'_>) -> Option<R>,
+        mapped: impl FnOnce(VolatileSlice<'_>) -> Option<R>,
+        asked: impl FnOnce(&dyn Indirect, u64) -> io::Result<R>,
     ) -> Result<R, BusError> {
+        let error = BusError { addr: at, len };
         let ranges = self.ranges.load();
-        let slice = ranges.slice(at.0, len, needed);
-        slice.and_then(f).ok_or(BusError { addr: at, len })
+        let (by, offset) = match ranges.find(at.0, len, needed).ok_or(error)? {
+            Found::Mapped(slice) => return mapped(slice).ok_or(error),
+            Found::Asked(by, offset) => (by.clone(), offset),
+        };
+        drop(ranges);
+        // One question an access: a drain that waits for it waits for one answer.
+        match len <= PAGE_SIZE as usize {
+            true => asked(&*by, offset).map_err(|_| error),
+            false => Err(error),
+        }
     }
+
+    /// A word, which is one or a bus error: it has to be aligned wherever it is.
+    fn word<R, const N: usize>(
+        &self,
+        at: Gpa,
+        needed: Rights,
+        mapped: impl FnOnce(VolatileSlice<'_>) -> Option<R>,
+        asked: impl FnOnce(&dyn Indirect, u64) -> io::Result<R>,
+    ) -> Result<R, BusError> {
+        self.with(at, N, needed, mapped, |by, offset| {
+            match offset.is_multiple_of(N as u64) {
+                true => asked(by, offset),
+                false => Err(io::ErrorKind::InvalidInput.into()),
+            }
+        })
+    }
+
+    /// A double word that only memory which is mapped can change at once.
+    fn atomic(&self, at: Gpa, change: impl FnOnce(&AtomicU64) -> u64) -> Result<u64, BusError> {
+        self.word::<_, 8>(
+            at,
+            Rights::ALL,
+            |s| {
+                let word: &AtomicU64 = s.get_atomic_ref(0).ok()?;
+                Some(change(word))
+            },
+            |_, _| Err(io::ErrorKind::Unsupported.into()),
+        )
+    }
+}
+
+/// Reads a word that has to be asked for; what comes later is read later, whatever was ordered.
+fn ask<const N: usize>(by: &dyn Indirect, at: u64) -> io::Result<[u8; N]> {
+    let mut bytes = [0; N];
+    by.read(at, &mut bytes)?;
+    fence(Ordering::SeqCst);
+    Ok(bytes)
+}
+
+/// Writes one; what came before is written before.
+fn tell(by: &dyn Indirect, at: u64, bytes: &[u8]) -> io::Result<()> {
+    fence(Ordering::SeqCst);
+    by.write(at, bytes)
 }
 
 /// The range, if it is whole pages that the device can address.
@@ -151,72 +229,93 @@ fn checked(at: Gpa, len: u64) -> io::Result<Range<u64>> {
 
 impl Dma for GuestRam {
     fn read(&self, from: Gpa, to: &mut [u8]) -> Result<(), BusError> {
-        self.with(from, to.len(), Rights::READ, |slice| {
-            slice.copy_to(to);
+        // Either, not both: each needs it alone.
+        let to = std::cell::RefCell::new(to);
+        let mapped = |slice: VolatileSlice<'_>| {
+            slice.copy_to(&mut to.borrow_mut()[..]);
             Some(())
-        })
+        };
+        let len = to.borrow().len();
+        let asked = |by: &dyn Indirect, at| by.read(at, &mut to.borrow_mut());
+        self.with(from, len, Rights::READ, mapped, asked)
     }
 
     fn write(&self, to: Gpa, from: &[u8]) -> Result<(), BusError> {
-        self.with(to, from.len(), Rights::WRITE, |slice| {
+        let mapped = |slice: VolatileSlice<'_>| {
             slice.copy_from(from);
             Some(())
-        })
+        };
+        let asked = |by: &dyn Indirect, at| by.write(at, from);
+        self.with(to, from.len(), Rights::WRITE, mapped, asked)
     }
 
     fn copy(&self, from: Gpa, to: Gpa, len: usize) -> Result<(), BusError> {
         let ranges = self.ranges.load();
-        let slice = |at: Gpa, needed| {
-            let slice = ranges.slice(at.0, len, needed);
-            slice.ok_or(BusError { addr: at, len })
+        let find = |at: Gpa, needed| {
+            let found = ranges.find(at.0, len, needed);
+            found.ok_or(BusError { addr: at, len })
         };
-        slice(from, Rights::READ)?.copy_to_volatile_slice(slice(to, Rights::WRITE)?);
+        match (find(from, Rights::READ)?, find(to, Rights::WRITE)?) {
+            (Found::Mapped(from), Found::Mapped(to)) => from.copy_to_volatile_slice(to),
+            _ => {
+                drop(ranges);
+                // By way of here; what overlaps is exact, since all is read before any is written.
+                let mut bytes = [0; PAGE_SIZE as usize];
+                let bytes = bytes.get_mut(..len).ok_or(BusError { addr: from, len })?;
+                self.read(from, bytes)?;
+                self.write(to, bytes)?;
+            }
+        }
         Ok(())
     }
 
     fn load_u32(&self, at: Gpa, order: Ordering) -> Result<u32, BusError> {
-        self.with(at, 4, Rights::READ, |s| {
+        let mapped = |s: VolatileSlice<'_>| {
             let word: &AtomicU32 = s.get_atomic_ref(0).ok()?;
             Some(word.load(order))
-        })
+        };
+        let asked = |by: &dyn Indirect, at| ask(by, at).map(u32::from_le_bytes);
+        self.word::<_, 4>(at, Rights::READ, mapped, asked)
     }
 
     fn store_u32(&self, at: Gpa, value: u32, order: Ordering) -> Result<(), BusError> {
-        self.with(at, 4, Rights::WRITE, |s| {
+        let mapped = |s: VolatileSlice<'_>| {
             let word: &AtomicU32 = s.get_atomic_ref(0).ok()?;
             word.store(value, order);
             Some(())
-        })
+        };
+        let asked = |by: &dyn Indirect, at| tell(by, at, &value.to_le_bytes());
+        self.word::<_, 4>(at, Rights::WRITE, mapped, asked)
     }
 
     fn load_u64(&self, at: Gpa, order: Ordering) -> Result<u64, BusError> {
-        self.with(at, 8, Rights::READ, |s| {
+        let mapped = |s: VolatileSlice<'_>| {
             let word: &AtomicU64 = s.get_atomic_ref(0).ok()?;
             Some(word.load(order))
-        })
+        };
+        let asked = |by: &dyn Indirect, at| ask(by, at).map(u64::from_le_bytes);
+        self.word::<_, 8>(at, Rights::READ, mapped, asked)
     }
 
     fn store_u64(&self, at: Gpa, value: u64, order: Ordering) -> Result<(), BusError> {
-        self.with(at, 8, Rights::WRITE, |s| {
+        let mapped = |s: VolatileSlice<'_>| {
             let word: &AtomicU64 = s.get_atomic_ref(0).ok()?;
             word.store(value, order);
             Some(())
-        })
+        };
+        let asked = |by: &dyn Indirect, at| tell(by, at, &value.to_le_bytes());
+        self.word::<_, 8>(at, Rights::WRITE, mapped, asked)
     }
 
     fn compare_exchange_u64(&self, at: Gpa, current: u64, new: u64) -> Result<u64, BusError> {
-        self.with(at, 8, Rights::ALL, |s| {
-            let word: &AtomicU64 = s.get_atomic_ref(0).ok()?;
+        self.atomic(at, |word| {
             let found = word.compare_exchange(current, new, Ordering::AcqRel, Ordering::Acquire);
-            Some(found.unwrap_or_else(|found| found))
+            found.unwrap_or_else(|found| found)
         })
     }
 
     fn fetch_add_u64(&self, at: Gpa, value: u64) -> Result<u64, BusError> {
-        self.with(at, 8, Rights::ALL, |s| {
-            let word: &AtomicU64 = s.get_atomic_ref(0).ok()?;
-            Some(word.fetch_add(value, Ordering::AcqRel))
-        })
+        self.atomic(at, |word| word.fetch_add(value, Ordering::AcqRel))
     }
 }
 

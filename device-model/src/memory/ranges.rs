@@ -8,6 +8,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::chunks::{Chunks, Piece};
+use super::indirect::Indirect;
 use vm_memory::{MmapRegion, VolatileMemory as _, VolatileSlice};
 
 /// Ranges that can exist at once. VFIO allows 65,535 mappings by default; the rest is for those
@@ -40,11 +41,35 @@ impl Rights {
     }
 }
 
+/// What holds memory.
+#[derive(Clone, Debug)]
+pub(crate) enum Store {
+    Mapped(Arc<MmapRegion>),
+    Asked(Arc<dyn Indirect>),
+}
+
+impl Store {
+    fn is(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Store::Mapped(a), Store::Mapped(b)) => Arc::ptr_eq(a, b),
+            (Store::Asked(a), Store::Asked(b)) => Arc::ptr_eq(a, b),
+            _ => false,
+        }
+    }
+}
+
+/// Memory that was looked for.
+pub(crate) enum Found<'a> {
+    Mapped(VolatileSlice<'a>),
+    /// To be asked for, at this offset.
+    Asked(&'a Arc<dyn Indirect>, u64),
+}
+
 /// The memory of a range.
 #[derive(Clone, Debug)]
 pub(crate) struct Target {
-    pub(crate) region: Arc<MmapRegion>,
-    /// Where in `region` the range begins, in bytes.
+    pub(crate) store: Store,
+    /// Where in `store` the range begins, in bytes.
     pub(crate) offset: u64,
     pub(crate) rights: Rights,
 }
@@ -53,7 +78,7 @@ impl Target {
     /// The memory `by` bytes further on.
     fn after(&self, by: u64) -> Self {
         Self {
-            // Within the region, which a `u64` can address.
+            // Within the store, which a `u64` can address.
             offset: self.offset + by,
             ..self.clone()
         }
@@ -61,9 +86,7 @@ impl Target {
 
     /// Whether `next` goes on where `len` bytes of this end.
     fn continues(&self, len: u64, next: &Self) -> bool {
-        Arc::ptr_eq(&self.region, &next.region)
-            && self.offset + len == next.offset
-            && self.rights == next.rights
+        self.store.is(&next.store) && self.offset + len == next.offset && self.rights == next.rights
     }
 }
 
@@ -156,14 +179,29 @@ impl<const CHUNK: usize> Ranges<CHUNK> {
     }
 
     /// The `len` bytes at `at`, if one range holds them all and allows it.
-    pub(crate) fn slice(&self, at: u64, len: usize, needed: Rights) -> Option<VolatileSlice<'_>> {
+    pub(crate) fn find(&self, at: u64, len: usize, needed: Rights) -> Option<Found<'_>> {
         let piece = self.pieces.at_or_before(at)?;
         let end = at.checked_add(len as u64)?;
         if end > piece.end || !piece.target.rights.cover(needed) {
             return None;
         }
-        let offset = usize::try_from(piece.target.offset + (at - piece.start)).ok()?;
-        piece.target.region.get_slice(offset, len).ok()
+        let offset = piece.target.offset + (at - piece.start);
+        match &piece.target.store {
+            Store::Asked(by) => Some(Found::Asked(by, offset)),
+            Store::Mapped(region) => {
+                let offset = usize::try_from(offset).ok()?;
+                region.get_slice(offset, len).ok().map(Found::Mapped)
+            }
+        }
+    }
+
+    /// The same, if it is mapped.
+    #[cfg(test)]
+    fn slice(&self, at: u64, len: usize, needed: Rights) -> Option<VolatileSlice<'_>> {
+        match self.find(at, len, needed)? {
+            Found::Mapped(slice) => Some(slice),
+            Found::Asked(..) => None,
+        }
     }
 
     #[cfg(test)]
@@ -210,7 +248,7 @@ mod tests {
                 match step {
                     Step::Insert(r, region, shift, write) if !r.is_empty() => {
                         let target = Target {
-                            region: regions[region].clone(),
+                            store: Store::Mapped(regions[region].clone()),
                             // Often equal to the address: neighbours then merge.
                             offset: (r.start + shift) << 12,
                             rights: if write { Rights::ALL } else { Rights::READ },
@@ -256,7 +294,7 @@ mod tests {
     fn the_number_of_ranges_is_bounded_and_what_is_taken_out_is_gone() {
         let region = Arc::new(MmapRegion::new(MAX_RANGES << 13).unwrap());
         let target = Target {
-            region,
+            store: Store::Mapped(region),
             offset: 0,
             rights: Rights::ALL,
         };

@@ -3,7 +3,7 @@
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
-use super::{Address, Options};
+use super::{Address, DmaMessages, Options, Unsealed};
 use crate::config::{Config, ConfigError};
 use crate::fault::Rule;
 
@@ -29,6 +29,15 @@ pub struct Arguments {
     /// Read the configuration of the devices here (TOML).
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
+    /// How to reach memory that the client gives without a file: not at all, or by asking it, with
+    /// messages as the protocol has them (standard) or as QEMU has them. There no access is
+    /// atomic: queues and page tables have to be elsewhere.
+    #[arg(long, value_name = "HOW", default_value = "off")]
+    pub dma_messages: DmaMessages,
+    /// What to do with guest memory in a file that may shrink, which would end the server: map it
+    /// all the same, read and write the file (no access is atomic then), or refuse it.
+    #[arg(long, value_name = "HOW", default_value = "map")]
+    pub unsealed_memory: Unsealed,
     /// Break the devices on purpose: KIND[,NAME=VALUE]..., for instance skip-ack,after=10,times=1.
     /// May be repeated; adds to the configuration. --help lists the kinds.
     #[arg(long, value_name = "RULE")]
@@ -93,6 +102,8 @@ impl Arguments {
             record: self.record.clone(),
             config,
             once: self.once,
+            dma_messages: self.dma_messages,
+            unsealed: self.unsealed_memory,
         })
     }
 }

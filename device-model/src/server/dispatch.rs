@@ -22,19 +22,15 @@ pub(super) struct Dispatcher<'a> {
     endpoint: &'a mut dyn Endpoint,
     /// What the client can do, once it has said so.
     client: Option<Capabilities>,
-    /// Whether writes that may be are answered before they are carried out: the device then can
-    /// ask the client for memory, while the client does not wait for the device.
-    post: bool,
     told: u32,
     name: String,
 }
 
 impl<'a> Dispatcher<'a> {
-    pub(super) fn new(endpoint: &'a mut dyn Endpoint, name: &str, post: bool) -> Self {
+    pub(super) fn new(endpoint: &'a mut dyn Endpoint, name: &str) -> Self {
         Self {
             endpoint,
             client: None,
-            post,
             told: 0,
             name: name.to_owned(),
         }
@@ -45,7 +41,6 @@ impl<'a> Dispatcher<'a> {
         Self {
             endpoint,
             client,
-            post: false,
             told: MAX_TOLD,
             name: String::new(),
         }
@@ -77,28 +72,20 @@ impl<'a> Dispatcher<'a> {
             let why = "the client did not say its version first";
             return Err(Ended::Protocol(why.into()));
         }
+        // Not even a refusal: nobody would know what it answers.
         let posted = header.wants_no_reply();
-        let mut early = false;
-        let result = self.carry_out(message, &mut |body| {
-            early = true;
-            match posted {
-                true => Ok(()),
-                false => send(&reply(&header, body)),
-            }
-        });
-        match result {
-            Ok(Ok(body)) if !posted && !early => send(&reply(&header, &body))?,
-            Ok(Ok(_)) => {}
-            Ok(Err(error)) => {
+        match self.carry_out(message) {
+            Ok(body) if !posted => send(&reply(&header, &body))?,
+            Ok(_) => {}
+            Err(error) => {
                 self.tell(&header, &error);
-                if !posted && !early {
+                if !posted {
                     send(&error_reply(&header, error.0))?;
                 }
                 if self.client.is_none() {
                     return Err(Ended::Protocol(error.1));
                 }
             }
-            Err(broken) => return Err(broken.into()),
         }
         Ok(())
     }
@@ -115,12 +102,8 @@ impl<'a> Dispatcher<'a> {
         }
     }
 
-    /// The body of the reply, or why the request is refused. `answer` answers at once.
-    fn carry_out(
-        &mut self,
-        message: Message,
-        answer: &mut dyn FnMut(&[u8]) -> Result<(), Broken>,
-    ) -> Result<Result<Vec<u8>, RequestError>, Broken> {
+    /// The body of the reply, or why the request is refused.
+    fn carry_out(&mut self, message: Message) -> Result<Vec<u8>, RequestError> {
         let Message {
             header,
             body,
@@ -142,23 +125,8 @@ impl<'a> Dispatcher<'a> {
             }
             None => Ok(()),
         };
-        let parsed = fds_good.and_then(|()| Request::parse(header.command, &body));
-        let request = match parsed {
-            Ok(request) => request,
-            Err(error) => return Ok(Err(error)),
-        };
-        if let Request::RegionWrite {
-            region: index,
-            offset,
-            data,
-        } = &request
-            && self.post
-            && let Ok(region) = region(*index, *offset, data.len())
-            && self.endpoint.may_be_posted(region, *offset, data)
-        {
-            answer(body.get(..16).unwrap_or_default())?;
-        }
-        Ok(self.request(request, &body, fds))
+        fds_good?;
+        self.request(Request::parse(header.command, &body)?, &body, fds)
     }
 
     fn request(

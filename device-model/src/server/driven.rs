@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::Error;
 use super::vfio_user::Link;
 use crate::fault::Interposed;
-use crate::ports::Ports;
+use crate::ports::{Ports, Wake};
 use crate::record::{Flag, Pacer, Recorder};
 use crate::runner::{Bell, Runner};
 use crate::{Config, Core};
@@ -18,6 +18,19 @@ pub(super) struct Driven {
     _threads: Option<Threads>,
     core: Box<dyn Core>,
     recorder: Option<Arc<Recorder>>,
+}
+
+/// Kicks, handed to the device's own thread.
+struct HandOver(Arc<Bell>);
+
+impl Wake for HandOver {
+    fn work(&self) {
+        self.0.work();
+    }
+
+    fn invalidation(&self) {
+        self.0.ring_invalidation();
+    }
 }
 
 /// Kept only to be dropped.
@@ -53,11 +66,12 @@ impl Driven {
     fn threaded(config: Config, ports: Ports, link: &Arc<Link>) -> Result<Self, Error> {
         let bell = Bell::new();
         bell.on_panic(alarm(link));
-        let ports = Ports {
-            wake: bell.clone(),
-            ..ports
+        let wake: Arc<dyn Wake> = match link.questions.on() {
+            // Whoever delivers a kick carries out requests, and must not ask the client.
+            true => Arc::new(HandOver(bell.clone())),
+            false => bell.clone(),
         };
-        let device = Interposed::new(config, ports)?;
+        let device = Interposed::new(config, Ports { wake, ..ports })?;
         device.on_disconnect(disconnect(link));
         let runner = Runner::start(device.device(), &bell).map_err(Error::Threads)?;
         Ok(Self {

@@ -3,22 +3,42 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::sync::Arc;
 
 use extlb_spec::Gpa;
 
 use crate::GuestRam;
-use crate::memory::{Removed, Rights};
+use crate::memory::{Indirect, Removed, Rights, seal};
+
+/// What to do with memory in a file that may shrink. An access to a mapping beyond the end of its
+/// file would end this process, and so can a client.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Unsealed {
+    /// Map it, and warn: for clients that are trusted.
+    #[default]
+    Map,
+    /// Read and write the file. No word is atomic, and so the device's page tables cannot be in
+    /// there: it sets their bits atomically.
+    Io,
+    /// Refuse it.
+    Refuse,
+}
 
 /// The client's side of a [`GuestRam`].
 #[derive(Debug, Default)]
 pub(super) struct MemoryMap {
     ram: GuestRam,
+    unsealed: Unsealed,
     warned: bool,
 }
 
 impl MemoryMap {
-    pub(super) fn new(ram: GuestRam) -> Self {
-        Self { ram, warned: false }
+    pub(super) fn new(ram: GuestRam, unsealed: Unsealed) -> Self {
+        Self {
+            ram,
+            unsealed,
+            warned: false,
+        }
     }
 
     /// Adds a range; where it overlaps others, it takes their place, and returns them.
@@ -30,6 +50,9 @@ impl MemoryMap {
         file: File,
         offset: u64,
     ) -> io::Result<Removed> {
+        if self.unsealed != Unsealed::Map && !seal(&file) {
+            return self.map_unsealed(at, len, rights, file, offset);
+        }
         let replaced = self.ram.map_over(Gpa(at), len, file, offset, rights)?;
         if !self.warned && self.ram.can_shrink() {
             self.warned = true;
@@ -39,6 +62,42 @@ impl MemoryMap {
             );
         }
         Ok(replaced)
+    }
+
+    fn map_unsealed(
+        &mut self,
+        at: u64,
+        len: u64,
+        rights: Rights,
+        file: File,
+        offset: u64,
+    ) -> io::Result<Removed> {
+        if self.unsealed == Unsealed::Refuse {
+            return Err(io::Error::new(
+                io::ErrorKind::PermissionDenied,
+                "the file may shrink; give a memfd that allows sealing",
+            ));
+        }
+        let end = offset.checked_add(len);
+        if end.is_none_or(|end| file.metadata().is_ok_and(|meta| end > meta.len())) {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "the file is shorter than the range",
+            ));
+        }
+        self.ask(at, len, rights, Arc::new(file), offset)
+    }
+
+    /// Adds a range that is asked for; likewise.
+    pub(super) fn ask(
+        &mut self,
+        at: u64,
+        len: u64,
+        rights: Rights,
+        by: Arc<dyn Indirect>,
+        offset: u64,
+    ) -> io::Result<Removed> {
+        self.ram.map_asked(Gpa(at), len, by, offset, rights)
     }
 
     /// Takes a range out, also of the middle of others; if there is nothing, nothing.

@@ -10,8 +10,10 @@
 mod arguments;
 mod connection;
 mod dispatch;
+mod dma;
 mod driven;
 mod fuzz;
+mod inbox;
 mod inherited_unsafe;
 mod irqs;
 mod listener;
@@ -31,10 +33,12 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use crate::config::{Config, ConfigError};
 use crate::record::RecordError;
 pub use arguments::{Arguments, ArgumentsError};
+pub use dma::DmaMessages;
 #[doc(hidden)]
 pub use fuzz::fuzz_messages;
 pub use listener::Address;
 use listener::Listener;
+pub use memory_map::Unsealed;
 use report::{Report, Sink};
 use session::Session;
 use transport::{Ended, Transport};
@@ -55,6 +59,10 @@ pub struct Options {
     pub config: Config,
     /// Return when the first client of each has left, rather than wait for the next.
     pub once: bool,
+    /// How memory is reached that the client gives without a file.
+    pub dma_messages: DmaMessages,
+    /// What to do with memory in files that may shrink.
+    pub unsealed: Unsealed,
 }
 
 /// Why there is nothing to connect to.
@@ -224,13 +232,10 @@ impl Server {
     fn serve_at(&self, place: &Place) -> Result<(), Error> {
         let name = &place.name;
         while let Some(stream) = place.listener.accept().map_err(Error::Accept)? {
-            let link = Link::new(stream);
-            let config = self.options.config.clone();
-            let mut session = Session::new(config, place.report.clone(), &link, self.record()?)?;
-            let transport = VfioUser {
-                link,
-                name: name.clone(),
-            };
+            let report = place.report.clone();
+            let link = Link::new(stream, name, report.clone(), self.options.dma_messages);
+            let mut session = Session::new(&self.options, report, &link, self.record()?)?;
+            let transport = VfioUser(link);
             // On a thread of its own: nothing that a client sends is known to make it panic; if
             // something does, it ends this session only.
             let ended = std::thread::scope(|scope| {

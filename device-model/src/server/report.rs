@@ -110,6 +110,22 @@ impl Report {
         let _ = writeln!(out, "{line}").and_then(|()| out.flush());
     }
 
+    /// The client has not answered a question about its memory.
+    pub(super) fn no_answer(&self, question: &str, at: u64, len: usize) {
+        let mut inner = lock(&self.inner);
+        if inner.lines >= MAX_LINES {
+            inner.left_out += 1;
+            return;
+        }
+        inner.lines += 1;
+        self.write(json!({
+            "event": "no_answer",
+            "question": question,
+            "gpa": hex(at),
+            "len": len,
+        }));
+    }
+
     /// The end of a session.
     pub(super) fn summary(&self, totals: Totals) {
         let mut inner = lock(&self.inner);

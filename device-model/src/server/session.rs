@@ -4,16 +4,17 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::sync::Arc;
 
-use extlb_spec::{BAR_MSIX, BAR_REGS, MSIX_PBA_OFFSET, regs};
+use extlb_spec::{BAR_MSIX, MSIX_PBA_OFFSET};
 
-use super::Error;
+use super::dma::ClientMemory;
 use super::driven::Driven;
 use super::irqs::Irqs;
-use super::memory_map::MemoryMap;
+use super::memory_map::{MemoryMap, Unsealed};
 use super::report::Report;
 use super::transport::{Endpoint, IrqRequest, Region};
 use super::vfio_user::Link;
-use crate::memory::{Removed, Rights};
+use super::{Error, Options};
+use crate::memory::{Indirect, Removed, Rights};
 use crate::pci::ConfigSpace;
 use crate::ports::{Ignore, Ports, SystemClock, Trace};
 use crate::{Config, GuestRam, Step, Totals};
@@ -23,6 +24,9 @@ pub(super) struct Session {
     device: Driven,
     pci: ConfigSpace,
     map: MemoryMap,
+    ram: GuestRam,
+    /// What holds the memory that comes without a file.
+    asked: Option<Arc<dyn Indirect>>,
     irqs: Arc<Irqs>,
 }
 
@@ -30,20 +34,34 @@ impl Session {
     /// A fresh device with its threads, for the client at the other end of `link`; recorded, if
     /// there is a place for it.
     pub(super) fn new(
-        config: Config,
+        options: &Options,
         report: Arc<Report>,
         link: &Arc<Link>,
         record: Option<Box<dyn Write + Send>>,
     ) -> Result<Self, Error> {
-        Self::around(report, |ports| Driven::new(config, ports, link, record))
+        let config = options.config.clone();
+        let device = |ports| Driven::new(config, ports, link, record);
+        let mut session = Self::around(options.unsealed, report, device)?;
+        if link.questions.on() {
+            session.asked = Some(Arc::new(ClientMemory(link.clone())));
+            let (ram, irqs) = (session.ram.clone(), session.irqs.clone());
+            link.on_lost_write(Box::new(move || {
+                // What is under way ends as it ends; nothing begins any more.
+                let _ = ram.clear();
+                let _ = irqs.set(IrqRequest::DisableAll);
+            }));
+        }
+        Ok(session)
     }
 
     /// A fresh device without threads; see [`Session::step`].
     pub(super) fn stepped(config: Config) -> Result<Self, Error> {
-        Self::around(Arc::new(Ignore), |ports| Driven::stepped(config, ports))
+        let device = |ports| Driven::stepped(config, ports);
+        Self::around(Unsealed::default(), Arc::new(Ignore), device)
     }
 
     fn around(
+        unsealed: Unsealed,
         trace: Arc<dyn Trace>,
         device: impl FnOnce(Ports) -> Result<Driven, Error>,
     ) -> Result<Self, Error> {
@@ -59,7 +77,9 @@ impl Session {
         Ok(Self {
             device: device(ports)?,
             pci: ConfigSpace::new(),
-            map: MemoryMap::new(ram),
+            map: MemoryMap::new(ram.clone(), unsealed),
+            ram,
+            asked: None,
             irqs,
         })
     }
@@ -80,6 +100,8 @@ impl Session {
         self.device.invalidation_step();
         self.device.reset();
         self.device.finish();
+        // Nothing is under way any more.
+        let _ = self.ram.clear();
         self.device.totals()
     }
 
@@ -132,17 +154,6 @@ impl Endpoint for Session {
         Ok(())
     }
 
-    fn may_be_posted(&self, region: Region, offset: u64, data: &[u8]) -> bool {
-        match region {
-            Region::Config => {
-                let effect = self.pci.clone().write(offset, data);
-                effect.bus_master != Some(false) && !effect.reset
-            }
-            // The control register can stop the device.
-            Region::Bar(bar) => bar != BAR_REGS || offset != regs::CTRL.offset,
-        }
-    }
-
     fn map(
         &mut self,
         at: u64,
@@ -151,10 +162,12 @@ impl Endpoint for Session {
         file: Option<File>,
         offset: u64,
     ) -> io::Result<()> {
-        let mapped = match file {
-            Some(file) => self.map.map(at, len, rights, file, offset),
+        let mapped = match (file, &self.asked) {
+            (Some(file), _) => self.map.map(at, len, rights, file, offset),
+            // By its bus address.
+            (None, Some(asked)) => self.map.ask(at, len, rights, asked.clone(), at),
             // Nothing that a device can reach, where there may have been something.
-            None => return self.unmap(Some((at, len))),
+            (None, None) => return self.unmap(Some((at, len))),
         };
         let replaced = mapped.map_err(|error| {
             let why = format!("guest memory at {at:#x}, {len:#x} bytes: {error}");

@@ -86,9 +86,6 @@ pub(super) enum IrqRequest {
 pub(super) trait Endpoint: Send {
     fn read(&mut self, region: Region, offset: u64, data: &mut [u8]) -> io::Result<()>;
     fn write(&mut self, region: Region, offset: u64, data: &[u8]) -> io::Result<()>;
-    /// Whether this write may be answered before it is carried out, as a posted write is. Not, if
-    /// its answer means that the device is silent.
-    fn may_be_posted(&self, region: Region, offset: u64, data: &[u8]) -> bool;
     /// Guest RAM appears; without a file it can be reached by messages only, if at all.
     fn map(
         &mut self,

@@ -122,8 +122,12 @@ impl Client {
     }
 
     pub fn greet(&mut self) {
+        self.greet_as(QEMU);
+    }
+
+    pub fn greet_as(&mut self, capabilities: &str) {
         let reply = self
-            .call(VERSION, &version_body(0, QEMU), &[])
+            .call(VERSION, &version_body(0, capabilities), &[])
             .expect("greeted");
         assert_eq!(reply[..4], [0; 4]);
     }

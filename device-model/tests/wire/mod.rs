@@ -47,23 +47,36 @@ pub struct Served {
 
 impl Served {
     pub fn new(config: Config, once: bool) -> Self {
-        Self::with(config, once, false)
+        Self::with(Options {
+            config,
+            once,
+            ..Options::default()
+        })
     }
 
     /// A server for one client, which records its run in the file `run` of the folder.
     pub fn recorded(config: Config) -> Self {
-        Self::with(config, true, true)
+        let folder = tempfile::tempdir().expect("a folder");
+        let options = Options {
+            config,
+            once: true,
+            record: Some(folder.path().join("run")),
+            ..Options::default()
+        };
+        Self::within(folder, options)
     }
 
-    fn with(config: Config, once: bool, record: bool) -> Self {
-        let folder = tempfile::tempdir().expect("a folder");
+    /// At a socket in a folder of its own, with a report.
+    pub fn with(options: Options) -> Self {
+        Self::within(tempfile::tempdir().expect("a folder"), options)
+    }
+
+    fn within(folder: tempfile::TempDir, options: Options) -> Self {
         let socket = folder.path().join("device.sock");
         let server = Server::bind(Options {
             at: vec![socket.clone().into()],
             report: Some(folder.path().join("report.json")),
-            config,
-            once,
-            record: record.then(|| folder.path().join("run")),
+            ..options
         })
         .expect("listens");
         let thread = std::thread::spawn(move || server.serve().expect("serves"));
@@ -113,10 +126,17 @@ pub struct Wire {
 }
 
 impl Wire {
-    /// Connects. RAM is not mapped yet.
+    /// Connects and shakes hands. RAM is not mapped yet.
     pub fn connect(socket: &Path) -> Self {
+        let mut wire = Self::silent(socket);
+        wire.client.greet();
+        wire
+    }
+
+    /// Connects, without a word.
+    pub fn silent(socket: &Path) -> Self {
         Self {
-            client: Client::new(socket),
+            client: Client::silent(socket),
             ram: memory(RAM),
             iq_tail: 0,
             submitted: 0,
@@ -295,7 +315,7 @@ impl Wire {
         n
     }
 
-    /// Submits to a device that is awake: without a message to the server.
+    /// Submits without ringing; returns the number. A device that is awake sees it by itself.
     pub fn place(&mut self, mut descriptor: Descriptor) -> u32 {
         let n = self.submitted;
         self.submitted += 1;
