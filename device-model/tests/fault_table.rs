@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use extlb_device::fault::{Kind, Rule, TABLE, help};
+use extlb_device::fault::{Kind, Rule, TABLE, document, help};
 
 #[test]
 fn every_kind_has_its_entry_and_tests_that_exist() {
@@ -31,4 +31,14 @@ fn every_kind_has_its_entry_and_tests_that_exist() {
         }
     }
     assert_eq!(TABLE.len(), Kind::DisconnectMidDma as usize + 1, "the last");
+}
+
+#[test]
+fn the_document_in_the_tree_is_the_table() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/FAULTS.md");
+    let kept = std::fs::read_to_string(path).expect("FAULTS.md is in the tree");
+    assert!(
+        kept == document(),
+        "FAULTS.md is stale; run: cargo run -q -p extlb-device --example faults > device-model/FAULTS.md"
+    );
 }

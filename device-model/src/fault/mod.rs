@@ -51,7 +51,7 @@ use extlb_spec::regs::{self, Register, ctrl, status};
 use extlb_spec::{BAR_REGS, Gpa};
 
 pub use plan::{Kind, Permission, PlanError, Rule, VectorName};
-pub use table::{FaultKind, TABLE, help};
+pub use table::{FaultKind, TABLE, document, help};
 
 use crate::config::{Config, ConfigError};
 use crate::ports::Ports;

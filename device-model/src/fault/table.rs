@@ -40,6 +40,35 @@ pub fn help() -> String {
     text
 }
 
+/// The kinds, who notices and the tests that show it, in Markdown: `FAULTS.md`.
+pub fn document() -> String {
+    let mut text = String::from(
+        "<!-- Printed from src/fault/table.rs; do not edit. To print it again:\n     cargo run -q -p \
+         extlb-device --example faults > device-model/FAULTS.md -->\n\n\
+         # What can go wrong on purpose, and who notices\n\n\
+         `extlb-device --fault KIND,parameter=value,…`, or a plan in the configuration \
+         (`[[fault]]`); seeded by `fault_seed`. Every kind but `skip-drain` takes `after`, `every`, \
+         `times` and `probability` as well. The device itself knows nothing of this: it is done by \
+         a card between the device and its slot (`src/fault/`).\n\n\
+         | Fault | What the device then does | Who notices | Shown by |\n|---|---|---|---|\n",
+    );
+    for entry in TABLE {
+        let needs = entry.needs.iter().map(|name| format!(" `{name}`"));
+        let takes = entry.takes.iter().map(|name| format!(" [`{name}`]"));
+        let parameters: String = needs.chain(takes).collect();
+        let tests = entry.tests.iter().map(|test| format!("`{test}`"));
+        let tests: Vec<String> = tests.collect();
+        text += &format!(
+            "| `{}`{parameters} | {} | {} | {} |\n",
+            entry.name,
+            entry.does,
+            entry.noticed_by,
+            tests.join("<br>")
+        );
+    }
+    text
+}
+
 /// Every kind, in the order of [`Kind`].
 pub const TABLE: &[FaultKind] = &[
     FaultKind {

@@ -1,0 +1,5 @@
+//! Prints `FAULTS.md`.
+
+fn main() {
+    print!("{}", extlb_device::fault::document());
+}
