@@ -29,17 +29,53 @@ pub struct Config {
 }
 
 /// Configuration of the TLB.
+///
+/// ```toml
+/// [tlb]
+/// sets = 128
+/// ways = 8
+/// policy = "plru"
+/// walk_cache = 64
+/// [tlb.split]              # leave out for one array that all sizes share
+/// size_2m = { sets = 16, ways = 4 }
+/// size_1g = { sets = 1, ways = 4 }
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TlbConfig {
-    /// Number of sets, a power of two.
+    /// Number of sets, a power of two: of the array for all sizes, or with `split` of that for
+    /// 4 KiB.
     pub sets: usize,
-    /// Entries of a set.
+    /// Entries of a set; a power of two for `plru`.
     pub ways: usize,
-    /// Which entry of a full set goes.
+    /// Which entry of a full set goes; also in the walk cache.
     pub policy: Policy,
     /// Seed of the random policy.
     pub seed: u64,
+    /// Tables of the page table that are remembered, a power of two, in sets of 4; 0 for none.
+    pub walk_cache: usize,
+    /// Arrays of their own for the larger sizes.
+    pub split: Option<Split>,
+}
+
+/// Arrays for entries of 2 MiB and of 1 GiB.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Split {
+    /// For 2 MiB.
+    pub size_2m: Geometry,
+    /// For 1 GiB.
+    pub size_1g: Geometry,
+}
+
+/// How large an array is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Geometry {
+    /// Number of sets, a power of two.
+    pub sets: usize,
+    /// Entries of a set; a power of two for `plru`.
+    pub ways: usize,
 }
 
 /// How contexts share the engines.
@@ -73,6 +109,8 @@ pub enum SchedulePolicy {
 pub enum Policy {
     /// The entry whose last use is longest ago.
     Lru,
+    /// About the same, by a tree of one bit per pair of entries.
+    Plru,
     /// Any entry, by the seeded generator.
     Random,
     /// The entry that was filled first.
@@ -155,6 +193,8 @@ impl Default for TlbConfig {
             ways: 8,
             policy: Policy::Lru,
             seed: 1,
+            walk_cache: 64,
+            split: None,
         }
     }
 }
@@ -227,14 +267,30 @@ impl Config {
             true => Ok(()),
             false => Err(ConfigError::Range { name, value, range }),
         };
-        let (sets, ways) = (self.tlb.sets as u64, self.tlb.ways as u64);
+        let tlb = &self.tlb;
+        let mut geometries = vec![("tlb.sets", tlb.sets, "tlb.ways", tlb.ways)];
+        if let Some(Split { size_2m, size_1g }) = tlb.split {
+            let (sets, ways) = ("tlb.split.size_2m.sets", "tlb.split.size_2m.ways");
+            geometries.push((sets, size_2m.sets, ways, size_2m.ways));
+            let (sets, ways) = ("tlb.split.size_1g.sets", "tlb.split.size_1g.ways");
+            geometries.push((sets, size_1g.sets, ways, size_1g.ways));
+        }
+        for (name, sets, _, _) in &geometries {
+            let ok = sets.is_power_of_two() && *sets <= 1 << 16;
+            check(name, *sets as u64, ok, "a power of two up to 65536")?;
+        }
+        for (_, _, name, ways) in &geometries {
+            check(name, *ways as u64, (1..=64).contains(ways), "1 to 64")?;
+            let ok = tlb.policy != Policy::Plru || ways.is_power_of_two();
+            check(name, *ways as u64, ok, "a power of two for plru")?;
+        }
+        let tables = tlb.walk_cache;
         check(
-            "tlb.sets",
-            sets,
-            sets.is_power_of_two() && sets <= 1 << 16,
-            "a power of two up to 65536",
+            "tlb.walk_cache",
+            tables as u64,
+            tables == 0 || tables.is_power_of_two() && tables <= 1 << 16,
+            "0, or a power of two up to 65536",
         )?;
-        check("tlb.ways", ways, (1..=64).contains(&ways), "1 to 64")?;
         let engines = u64::from(self.engines);
         check("engines", engines, (1..=16).contains(&engines), "1 to 16")?;
         let bytes = 4096..=16 << 20;
@@ -290,13 +346,55 @@ mod tests {
     use super::*;
 
     #[test]
+    fn every_senseless_shape_of_the_tlb_is_refused_by_name() {
+        let split = |mid: &str, huge: &str| {
+            format!("[tlb.split]\nsize_2m = {{ {mid} }}\nsize_1g = {{ {huge} }}\n")
+        };
+        let good = "sets = 1, ways = 64";
+        let odd = "sets = 2, ways = 3";
+        for (text, name) in [
+            ("[tlb]\nsets = 3\n".into(), "tlb.sets"),
+            ("[tlb]\nsets = 0\n".into(), "tlb.sets"),
+            ("[tlb]\nsets = 131072\n".into(), "tlb.sets"),
+            ("[tlb]\nways = 0\n".into(), "tlb.ways"),
+            ("[tlb]\nways = 65\n".into(), "tlb.ways"),
+            ("[tlb]\nways = 6\npolicy = \"plru\"\n".into(), "tlb.ways"),
+            ("[tlb]\nwalk_cache = 3\n".into(), "tlb.walk_cache"),
+            ("[tlb]\nwalk_cache = 131072\n".into(), "tlb.walk_cache"),
+            (split("sets = 0, ways = 1", good), "tlb.split.size_2m.sets"),
+            (split("sets = 1, ways = 65", good), "tlb.split.size_2m.ways"),
+            (split(good, "sets = 5, ways = 1"), "tlb.split.size_1g.sets"),
+            (
+                format!("[tlb]\npolicy = \"plru\"\n{}", split(good, odd)),
+                "tlb.split.size_1g.ways",
+            ),
+        ] {
+            match Config::from_toml(&text) {
+                Err(ConfigError::Range { name: found, .. }) => assert_eq!(found, name, "{text}"),
+                other => panic!("{text}: {other:?}"),
+            }
+        }
+        for text in [
+            split(good, odd),
+            "[tlb]\nwalk_cache = 0\n".into(),
+            "[tlb]\nwalk_cache = 2\npolicy = \"plru\"\n".into(),
+        ] {
+            assert!(Config::from_toml(&text).is_ok(), "{text}");
+        }
+        let half = "[tlb.split]\nsize_2m = { sets = 1, ways = 1 }\n";
+        assert!(matches!(
+            Config::from_toml(half),
+            Err(ConfigError::Syntax(_))
+        ));
+    }
+
+    #[test]
     fn text_overrides_defaults_and_unknown_keys_are_refused() {
         let config = Config::from_toml("poll_us = 7\n[tlb]\nsets = 4\npolicy = \"random\"\n")
             .expect("valid");
         assert_eq!((config.poll_us, config.tlb.sets), (7, 4));
         assert_eq!(config.tlb.ways, TlbConfig::default().ways);
         assert!(Config::from_toml("pol_us = 7").is_err());
-        assert!(Config::from_toml("[tlb]\nsets = 3").is_err());
         assert!(Config::from_toml("engines = 0").is_err());
         assert!(Config::from_toml("[debug]\nbus_delay_us = 2000001").is_err());
         let broken = Config::from_toml("[debug]\nskip_drain = true").expect("valid");

@@ -3,49 +3,85 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 macro_rules! counters {
-    ($( $(#[$doc:meta])* $field:ident ),* $(,)?) => {
+    (
+        device { $( $(#[$doc:meta])* $field:ident ),* $(,)? }
+        context { $( $(#[$cdoc:meta])* $cfield:ident ),* $(,)? }
+    ) => {
         /// Counters since the last reset.
+        #[derive(Debug)]
+        pub(crate) struct Counters {
+            $( $(#[$doc])* pub(crate) $field: Counter, )*
+            /// One each.
+            pub(crate) contexts: Box<[ContextCounters]>,
+        }
+
+        /// Counters of a context since the last reset, on cache lines of their own.
         #[derive(Debug, Default)]
-        pub(crate) struct Counters { $( $(#[$doc])* pub(crate) $field: Counter ),* }
+        #[repr(align(128))]
+        pub(crate) struct ContextCounters { $( $(#[$cdoc])* pub(crate) $cfield: Counter ),* }
+
+        /// What a device has done for a context since the last reset.
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+        pub struct ContextStats { $( $(#[$cdoc])* pub $cfield: u64 ),* }
 
         /// What a device has done.
         #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
-        pub struct Totals { $( $(#[$doc])* pub $field: u64 ),* }
+        pub struct Totals {
+            $( $(#[$doc])* pub $field: u64, )*
+            $( $(#[$cdoc])* pub $cfield: u64, )*
+        }
+
+        impl ContextCounters {
+            pub(crate) fn read(&self) -> ContextStats {
+                ContextStats { $( $cfield: self.$cfield.get() ),* }
+            }
+        }
 
         impl Counters {
-            pub(crate) fn read(&self) -> Totals {
-                Totals { $( $field: self.$field.get() ),* }
+            pub(crate) fn new(contexts: u32) -> Self {
+                Self {
+                    $( $field: Counter::default(), )*
+                    contexts: (0..contexts).map(|_| ContextCounters::default()).collect(),
+                }
             }
+
+            pub(crate) fn read(&self) -> Totals {
+                let contexts = self.contexts.iter();
+                Totals {
+                    $( $field: self.$field.get(), )*
+                    $( $cfield: contexts.clone().map(|c| c.$cfield.get()).sum(), )*
+                }
+            }
+
             /// Sets all to zero, and adds what they were to `totals`.
             pub(crate) fn reset_into(&self, totals: &mut Totals) {
-                $( totals.$field += self.$field.0.swap(0, Ordering::Relaxed); )*
+                $( totals.$field += self.$field.take(); )*
+                for context in &self.contexts {
+                    $( totals.$cfield += context.$cfield.take(); )*
+                }
             }
         }
 
         impl std::ops::Add for Totals {
             type Output = Self;
             fn add(self, other: Self) -> Self {
-                Self { $( $field: self.$field + other.$field ),* }
+                Self {
+                    $( $field: self.$field + other.$field, )*
+                    $( $cfield: self.$cfield + other.$cfield, )*
+                }
             }
         }
     };
 }
 
 counters! {
+    device {
     /// Work operations that ended with success.
     ops_completed,
     /// Work operations that ended otherwise.
     ops_faulted,
     /// Bytes moved for work operations.
     bytes,
-    /// Translations served by the TLB.
-    tlb_hits,
-    /// Translations that walked.
-    tlb_misses,
-    /// Valid TLB entries replaced by another.
-    tlb_evictions,
-    /// TLB entries removed by invalidation commands.
-    tlb_shot_down,
     /// Invalidation commands done.
     invalidations,
     /// Drains done.
@@ -64,6 +100,21 @@ counters! {
     oracle_stale,
     /// Differences that the oracle had no room to follow.
     oracle_overflow,
+    }
+    context {
+    /// Translations served by the TLB.
+    tlb_hits,
+    /// Translations that walked.
+    tlb_misses,
+    /// Walks that found a leaf; the others ended in a page request or an error.
+    tlb_walks,
+    /// Walks that began at a table that the walk cache knew, and not at the root.
+    walk_cache_hits,
+    /// Valid TLB entries replaced by fills of another page.
+    tlb_evictions,
+    /// TLB entries removed by invalidation commands.
+    tlb_shot_down,
+    }
 }
 
 /// A counter that any thread may raise.
@@ -76,5 +127,8 @@ impl Counter {
     }
     pub(crate) fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
+    }
+    fn take(&self) -> u64 {
+        self.0.swap(0, Ordering::Relaxed)
     }
 }

@@ -9,7 +9,7 @@ use extlb_spec::{BAR_DOORBELLS, BAR_REGS, DOORBELL_STRIDE, Gpa, MAX_CONTEXTS, Ve
 
 use crate::config::{Config, ConfigError};
 use crate::context::{Context, Entry};
-use crate::counters::{Counters, Totals};
+use crate::counters::{ContextStats, Counters, Totals};
 use crate::guard::Guards;
 use crate::messages::Messages;
 use crate::oracle::Oracle;
@@ -74,7 +74,7 @@ impl Device {
             gate: AtomicU32::new(0),
             fatal: Mutex::new(None),
             registers: Mutex::new(RegisterFile::new()),
-            counters: Counters::default(),
+            counters: Counters::new(MAX_CONTEXTS),
             before: Mutex::new(Totals::default()),
             guards: Guards::new(),
             tlb: Tlb::new(&config.tlb),
@@ -110,6 +110,13 @@ impl Device {
     /// What the device has done since it was made, across resets.
     pub fn totals(&self) -> Totals {
         *lock(&self.before) + self.counters.read()
+    }
+
+    /// What the device has done for a context since the last reset; `None` if there is no such
+    /// context.
+    pub fn context_stats(&self, context: u32) -> Option<ContextStats> {
+        let counters = self.counters.contexts.get(context as usize)?;
+        Some(counters.read())
     }
 
     /// A read from a BAR. What is no register reads as zero.
@@ -190,6 +197,10 @@ impl Device {
             lock(&self.oracle).records.get(select).copied()
         };
         let select = |f: fn(&crate::oracle::StaleAccess) -> u64| record().map_or(0, |r| f(&r));
+        let stats = || {
+            let context = file.get(&regs::CTX_STAT_SELECT) as u32;
+            self.context_stats(context).unwrap_or_default()
+        };
         match register.offset {
             o if o == regs::STATUS.offset => u64::from(self.status()),
             o if o == regs::ERROR.offset => lock(&self.fatal).map_or(0, |f| f.0 as u64),
@@ -218,6 +229,12 @@ impl Device {
             }
             o if o == regs::ORACLE_FILL.offset => select(|r| r.fill),
             o if o == regs::ORACLE_INVALIDATION.offset => select(|r| r.invalidation),
+            o if o == regs::CTX_TLB_HITS.offset => stats().tlb_hits,
+            o if o == regs::CTX_TLB_MISSES.offset => stats().tlb_misses,
+            o if o == regs::CTX_WALKS.offset => stats().tlb_walks,
+            o if o == regs::CTX_WALK_CACHE_HITS.offset => stats().walk_cache_hits,
+            o if o == regs::CTX_TLB_EVICTIONS.offset => stats().tlb_evictions,
+            o if o == regs::CTX_TLB_SHOT_DOWN.offset => stats().tlb_shot_down,
             o if o == regs::KICK.offset => 0,
             _ => file.get(register),
         }
@@ -274,7 +291,7 @@ impl Device {
         for id in 0..MAX_CONTEXTS {
             self.set_context(id, Entry::Stopped);
         }
-        self.tlb.remove(&Scope::All);
+        self.tlb.remove(&Scope::All, |_| {});
         *lock(&self.commands) = CommandQueue::default();
         *lock(&self.requests) = RequestRing::default();
         was

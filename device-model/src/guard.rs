@@ -10,27 +10,38 @@
 //! the removed translation. An access does, in this order:
 //!
 //! 1. `enter`: store the odd word, full fence;
-//! 2. look at the gates (device running, context alive), then at the TLB, under its lock;
-//! 3. on a miss walk the page table in RAM, insert under the lock if nothing was removed since 2;
+//! 2. look at the gates (device running, context alive), then at the TLB, without a lock;
+//! 3. on a miss take a ticket, walk the page table in RAM from the root or from a table that the
+//!    walk cache knows, insert under the TLB's lock if nothing was removed since the ticket;
 //! 4. move data;
 //! 5. `leave`: store the even word, release.
 //!
 //! The shootdown does: A. read the command (acquire: the kernel cleared the leaf before it posted
-//! it); B. remove from the TLB and raise the generation, under the lock; C. full fence, read all
-//! lanes; D. wait for the odd ones; E. acknowledge.
+//! it); B. remove from the TLB and the walk cache, then raise the generation, under the TLB's
+//! lock; C. full fence, read all lanes; D. wait for the odd ones; E. acknowledge.
 //!
-//! The lock orders 2 and B. If 2 came first, then 1 happened before B and so before C: C reads
-//! the odd word (or a later one, when the access has ended already), and D waits for 5. The data
-//! of 4 is in RAM when E happens, by release in 5 and acquire in D. If B came first, the lookup
-//! does not find the translation, and the walk in 3 happens after A: it reads the cleared leaf.
-//! A walk that began before B may still carry the old leaf, but its insert finds that the
-//! generation was raised: it uses the leaf once, within its own guard, for which D waits.
+//! This is Dekker's pattern: store, full fence, load, on both sides (1 and 2; B and C). So of
+//! two things at least one is true:
 //!
-//! The gates have no lock: a stop stores "closed" and then does C and D. That is Dekker's
-//! pattern, store then fence then load on both sides (1 and 2 here; gate store and C there), so
-//! at least one side sees the other: the access sees the closed gate, or the drain sees the lane.
+//! - C reads the word that 1 stored, or a later one. If it is the odd word, D waits for 5; if it
+//!   is later, the access has ended. The data of 4 is in RAM when E happens, by release in 5 and
+//!   acquire in D.
+//! - Every load after the fence in 1 reads what B stored, or something later. The lookup then
+//!   does not find the removed entry, nor the removed tables; it may find an entry that was
+//!   inserted after B, of which below. The ticket is of the raised generation, and by its
+//!   acquire the walk happens after A: it reads the cleared leaf.
+//!
+//! What is inserted after B is good: a walk whose ticket is of the old generation is refused (it
+//! uses its leaf once, within its own guard, for which D waits by the above), and one of the new
+//! generation has seen the cleared leaf. `tlb/mod.rs` has the details.
+//!
+//! A lookup does not read a mixture of two entries, by the sequence numbers in `tlb/sets.rs`; one
+//! that meets a change takes the lock and looks again, which the above does not exclude.
+//!
+//! The gates are the same pattern: a stop stores "closed" and then does C and D, so the access
+//! sees the closed gate, or the drain sees the lane.
 
-use crate::sync::{AtomicU64, Ordering, fence};
+use crate::sync::{AtomicU64, Ordering, Pillar, fence, stands};
 
 /// Number of lanes: how many threads may access at once.
 pub(crate) const LANES: usize = 16;
@@ -85,7 +96,9 @@ impl Guards {
         // Numbered before the scan: a guard that the scan misses sees this number (its full
         // fence comes after its store, ours before our loads), and so is never accused.
         let number = self.begun.fetch_add(1, Ordering::SeqCst) + 1;
-        fence(Ordering::SeqCst);
+        if stands(Pillar::DrainFence) {
+            fence(Ordering::SeqCst);
+        }
         let mut drain = Drain {
             number,
             inside: [(0, 0); LANES],
@@ -141,8 +154,11 @@ impl Lane<'_> {
         let word = &self.guards.lanes[self.index].0;
         // Nobody else writes this word: a lane has one owner, and `&mut self` one guard.
         let inside = word.load(Ordering::Relaxed) + 1;
-        word.store(inside, Ordering::SeqCst);
-        fence(Ordering::SeqCst);
+        // Release: a drain that waited for the guard before this one may read this word instead.
+        word.store(inside, Ordering::Release);
+        if stands(Pillar::EnterFence) {
+            fence(Ordering::SeqCst);
+        }
         Guard {
             guards: self.guards,
             index: self.index,

@@ -43,6 +43,7 @@ mod counters;
 mod device;
 pub mod fault;
 mod guard;
+mod handshake;
 mod memory;
 mod messages;
 pub mod oracle;
@@ -58,7 +59,7 @@ mod shootdown;
 mod sync;
 mod tlb;
 #[cfg(test)]
-mod tlb_tests; // apart, as tests/loom.rs includes tlb.rs
+mod tlb_tests; // apart, as tests/loom.rs includes tlb/
 mod walk;
 mod words;
 #[cfg(test)]
@@ -66,6 +67,6 @@ mod wrap_tests;
 
 pub use calls::Core;
 pub use config::{Config, ConfigError};
-pub use counters::Totals;
+pub use counters::{ContextStats, Totals};
 pub use device::{Device, Step};
 pub use memory::GuestRam;

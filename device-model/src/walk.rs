@@ -6,17 +6,7 @@ use extlb_spec::pte::{self, Pte, bit};
 use extlb_spec::{Gpa, Iova, PAGE_SIZE};
 
 use crate::ports::{BusError, Dma};
-
-/// The 4 KiB piece of a leaf that holds an address.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Leaf {
-    pub(crate) frame: Gpa,
-    /// Bytes that the whole leaf maps: 4 KiB, 2 MiB or 1 GiB.
-    pub(crate) size: u64,
-    pub(crate) writable: bool,
-    /// The leaf's dirty bit is set.
-    pub(crate) dirty: bool,
-}
+use crate::tlb::{Leaf, Table, Tables};
 
 /// Why there is no leaf.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,7 +28,11 @@ impl From<BusError> for WalkError {
 /// How often one walk tries to set the bits of a leaf.
 const ATTEMPTS: u32 = 64;
 
-/// Walks, and sets the leaf's accessed bit, for a write also its dirty bit.
+/// Walks from a table on, and sets the leaf's accessed bit, for a write also its dirty bit; the
+/// leaf, and the tables read on the way below `from`.
+///
+/// Whatever the tables point at, each step is one level further down: a walk reads at most four
+/// entries, not counting repeats of the last.
 ///
 /// The bits are set by compare-and-swap on the very leaf that is then used: if software cleared
 /// or changed it meanwhile, the swap fails and the entry is read again. So a leaf that software
@@ -47,12 +41,13 @@ const ATTEMPTS: u32 = 64;
 /// [`ATTEMPTS`] the entry counts as not mapped, and a page request follows.
 pub(crate) fn walk(
     memory: &dyn Dma,
-    root: Gpa,
+    from: Table,
     iova: Iova,
     write: bool,
-) -> Result<Leaf, WalkError> {
-    let mut table = root;
-    let mut level = pte::LEVELS;
+) -> Result<(Leaf, Tables), WalkError> {
+    let Table { mut level, at } = from;
+    let mut table = at;
+    let mut tables = Tables::default();
     let mut attempts = 0;
     while attempts < ATTEMPTS {
         let at = Gpa(table.0 + pte::index(iova, level) * 8);
@@ -66,6 +61,7 @@ pub(crate) fn walk(
         if !entry.is_leaf(level) {
             table = entry.addr();
             level -= 1;
+            tables[level as usize - 1] = Some(table);
             continue;
         }
         if write && !entry.is_writable() {
@@ -76,13 +72,13 @@ pub(crate) fn walk(
             attempts += 1;
             continue;
         }
-        let inside = iova.page().0 & (pte::leaf_size(level) - 1);
-        return Ok(Leaf {
-            frame: Gpa(entry.addr().0 | inside),
-            size: pte::leaf_size(level),
+        let leaf = Leaf {
+            frame: entry.addr(),
+            level,
             writable: entry.is_writable(),
             dirty: used & bit::DIRTY != 0,
-        });
+        };
+        return Ok((leaf, tables));
     }
     Err(WalkError::NotMapped)
 }

@@ -122,6 +122,8 @@ fn bus_errors_are_all_counted_and_some_reported() {
     assert_eq!(wire.get(regs::BUS_ERRORS), 150);
     // A table outside RAM counts as well.
     wire.write(0x11_000, &Pte::table(Gpa(BUFFER)).0.to_le_bytes());
+    // The walk cache knows the table that was there.
+    wire.shoot_down(BUFFER_AT + 4096);
     let n = wire.submit(Descriptor {
         opcode: Opcode::Crc32c as u8,
         src: BUFFER_AT + 4096,

@@ -160,6 +160,30 @@
 /* Number of the last invalidation done at the time. */
 #define EXTLB_REG_ORACLE_INVALIDATION 0x1c8
 
+/*
+ * Selects the context whose statistics, since the last reset, are shown below. Since 1.2,
+ * as are they.
+ */
+#define EXTLB_REG_CTX_STAT_SELECT 0x1d0
+
+/* Translations of the selected context served by the TLB. */
+#define EXTLB_REG_CTX_TLB_HITS 0x1d8
+
+/* Translations of it that walked. */
+#define EXTLB_REG_CTX_TLB_MISSES 0x1e0
+
+/* Walks that found a leaf; the others ended in a page request or an error. */
+#define EXTLB_REG_CTX_WALKS 0x1e8
+
+/* Walks that began at a table that the walk cache knew, and not at the root. */
+#define EXTLB_REG_CTX_WALK_CACHE_HITS 0x1f0
+
+/* Valid TLB entries, of any context, replaced by fills of it. */
+#define EXTLB_REG_CTX_TLB_EVICTIONS 0x1f8
+
+/* TLB entries of it removed by invalidation commands. */
+#define EXTLB_REG_CTX_TLB_SHOT_DOWN 0x200
+
 /* MSI-X vectors. */
 /* Fatal device error; read `STATUS` and `ERROR`. */
 #define EXTLB_VECTOR_ERROR 0

@@ -150,6 +150,22 @@ registers! {
     ORACLE_FILL: 8 @ 0x1c0 ReadOnly reset 0, writable 0;
     /// Number of the last invalidation done at the time.
     ORACLE_INVALIDATION: 8 @ 0x1c8 ReadOnly reset 0, writable 0;
+
+    /// Selects the context whose statistics, since the last reset, are shown below. Since 1.2,
+    /// as are they.
+    CTX_STAT_SELECT: 4 @ 0x1d0 ReadWrite reset 0, writable (crate::MAX_CONTEXTS - 1) as u64;
+    /// Translations of the selected context served by the TLB.
+    CTX_TLB_HITS: 8 @ 0x1d8 ReadOnly reset 0, writable 0;
+    /// Translations of it that walked.
+    CTX_TLB_MISSES: 8 @ 0x1e0 ReadOnly reset 0, writable 0;
+    /// Walks that found a leaf; the others ended in a page request or an error.
+    CTX_WALKS: 8 @ 0x1e8 ReadOnly reset 0, writable 0;
+    /// Walks that began at a table that the walk cache knew, and not at the root.
+    CTX_WALK_CACHE_HITS: 8 @ 0x1f0 ReadOnly reset 0, writable 0;
+    /// Valid TLB entries, of any context, replaced by fills of it.
+    CTX_TLB_EVICTIONS: 8 @ 0x1f8 ReadOnly reset 0, writable 0;
+    /// TLB entries of it removed by invalidation commands.
+    CTX_TLB_SHOT_DOWN: 8 @ 0x200 ReadOnly reset 0, writable 0;
 }
 
 bits! {

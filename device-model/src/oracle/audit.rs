@@ -9,6 +9,7 @@ use extlb_spec::{Gpa, Iova, PAGE_SIZE};
 
 use super::{StaleAccess, cpu_walk};
 use crate::Device;
+use crate::tlb::Entry;
 use crate::walk::leaves;
 
 /// Tables that an audit looks at: 128 GiB of pages. More than that is no page table of a guest
@@ -62,16 +63,20 @@ impl Device {
                 }
                 true
             };
-            for entry in self.tlb.entries(context) {
-                compare(entry.page, entry.frame, entry.writable, entry.fill);
+            // Piece by piece: the process may map by smaller pages what a leaf maps at once.
+            let mut compare_all = |iova: Iova, frame: Gpa, size: u64, write: bool, fill: u64| {
+                let mut pieces = (0..size).step_by(PAGE_SIZE as usize);
+                pieces.all(|at| compare(Iova(iova.0 + at), Gpa(frame.0 + at), write, fill))
+            };
+            for Entry {
+                base, leaf, fill, ..
+            } in self.tlb.entries(context)
+            {
+                compare_all(base, leaf.frame, leaf.size(), leaf.writable, fill);
             }
             let mut leaf = |iova: Iova, entry: Pte, level: u32| {
-                // Piece by piece: the process may map them by smaller pages.
-                let mut pieces = (0..leaf_size(level)).step_by(PAGE_SIZE as usize);
-                pieces.all(|offset| {
-                    let (iova, frame) = (Iova(iova.0 + offset), Gpa(entry.addr().0 + offset));
-                    compare(iova, frame, entry.is_writable(), 0)
-                })
+                let size = leaf_size(level);
+                compare_all(iova, entry.addr(), size, entry.is_writable(), 0)
             };
             leaves(memory, space.page_table, MAX_TABLES, &mut leaf);
         }

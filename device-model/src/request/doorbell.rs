@@ -3,7 +3,7 @@
 //! The tail is polled in the shadow page while the context has work and for a short time after;
 //! then the context is parked, and a write to its doorbell page queues it again.
 
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use extlb_spec::context::ContextError;
@@ -12,6 +12,7 @@ use super::{Access, Halt, Turn};
 use crate::Device;
 use crate::context::{Context, Space, Work};
 use crate::guard::Lane;
+use crate::handshake::before_sleep;
 use crate::ports::BusError;
 
 /// Address of a word of the shadow page.
@@ -84,13 +85,14 @@ impl Device {
         let parked = self
             .enter(lane, context, space, work.epoch)
             .and_then(|access| {
-                access
-                    .memory()
-                    .store_u32(word!(space, need_kick), 1, Ordering::Relaxed)?;
-                work.parked = true;
-                // Mirror image of the program's store to `tail`, fence, load of `need_kick`.
-                fence(Ordering::SeqCst);
-                self.poll_tail(&access, space, work)
+                let need_kick = word!(space, need_kick);
+                let ask = |work: &mut Work| {
+                    let memory = access.memory();
+                    memory.store_u32(need_kick, 1, Ordering::Relaxed)?;
+                    work.parked = true;
+                    Ok(())
+                };
+                before_sleep(work, ask, |work| self.poll_tail(&access, space, work))
             });
         match parked {
             Ok(true) | Err(Halt::Stopped) => Turn::Worked,

@@ -7,16 +7,18 @@ use std::cell::Cell;
 use std::sync::atomic::Ordering;
 
 use extlb_spec::page_request::MAX_REQUEST_PAGES;
+use extlb_spec::pte;
 use extlb_spec::regs::StaleKind;
 use extlb_spec::{Gpa, Iova, PAGE_SIZE};
 
 use super::Halt;
 use crate::Device;
 use crate::context::{Context, Miss, Space};
+use crate::counters::ContextCounters;
 use crate::guard::{Guard, Lane};
 use crate::oracle::{StaleAccess, Used};
 use crate::ports::{BusError, Dma, Event};
-use crate::tlb::{Inserted, Lookup};
+use crate::tlb::{Inserted, Leaf, Lookup, Table, Ticket};
 use crate::walk::{WalkError, walk};
 
 /// An access under way: every drain that begins now waits for its end.
@@ -28,6 +30,9 @@ pub(crate) struct Access<'d> {
     guard: Guard<'d>,
     /// The translation handed out last, for the report if the guard is outlived.
     last: Cell<Used>,
+    /// Hits, for the context's counter when the guard ends: an atomic addition for each would
+    /// cost as much as the lookup.
+    hits: Cell<u64>,
     walks: Cell<u64>,
 }
 
@@ -58,6 +63,7 @@ impl Device {
             epoch,
             guard,
             last,
+            hits: Cell::new(0),
             walks: Cell::new(0),
         })
     }
@@ -98,57 +104,64 @@ impl Access<'_> {
         Halt::Broken(iova)
     }
 
+    /// The context's counters.
+    fn counters(&self) -> &ContextCounters {
+        &self.device.counters.contexts[self.space.context as usize]
+    }
+
+    /// The TLB does not know: walks, from the lowest table that is remembered.
+    fn walk(&self, ticket: &Ticket, iova: Iova, write: bool, pages: u64) -> Result<Leaf, Halt> {
+        let counters = self.counters();
+        counters.tlb_misses.add(1);
+        self.walks.set(self.walks.get() + 1);
+        let tlb = &self.device.tlb;
+        let root = Table {
+            level: pte::LEVELS,
+            at: self.space.page_table,
+        };
+        let from = tlb.table(ticket);
+        if from.is_some() {
+            counters.walk_cache_hits.add(1);
+        }
+        let found = walk(self.memory(), from.unwrap_or(root), iova, write);
+        let (leaf, tables) = found.map_err(|error| match error {
+            WalkError::Broken => Halt::Broken(iova),
+            WalkError::Bus(error) => self.bus_error(iova, error),
+            WalkError::NotMapped => Halt::Missing(vec![Miss {
+                iova,
+                write,
+                pages: pages.clamp(1, u64::from(MAX_REQUEST_PAGES)) as u32,
+                group: None,
+            }]),
+        })?;
+        counters.tlb_walks.add(1);
+        // Overtaken by a shootdown: good for this access, whose guard it waits for.
+        if tlb.insert(ticket, leaf, &tables) == Inserted::Evicted {
+            counters.tlb_evictions.add(1);
+        }
+        Ok(leaf)
+    }
+
     /// Translates. `pages`: how many pages from here on the operation still needs, for the
     /// page request if there is to be one.
     pub(super) fn page(&self, iova: Iova, write: bool, pages: u64) -> Result<Page<'_>, Halt> {
         let device = self.device;
-        let (context, page) = (self.space.context, iova.page());
-        let (used, size) = match device.tlb.lookup(context, page, write) {
+        let context = self.space.context;
+        let (leaf, fill) = match device.tlb.lookup(context, iova.page(), write) {
             Lookup::Hit(entry) => {
-                device.counters.tlb_hits.add(1);
-                let used = Used {
-                    iova,
-                    frame: entry.frame,
-                    write,
-                    fill: entry.fill,
-                };
-                // Another page of the leaf may have been invalidated since the fill.
-                (used, PAGE_SIZE)
+                self.hits.set(self.hits.get() + 1);
+                (entry.leaf, entry.fill)
             }
-            Lookup::Miss(ticket) => {
-                device.counters.tlb_misses.add(1);
-                self.walks.set(self.walks.get() + 1);
-                let leaf =
-                    walk(self.memory(), self.space.page_table, iova, write).map_err(|error| {
-                        match error {
-                            WalkError::Broken => Halt::Broken(iova),
-                            WalkError::Bus(error) => self.bus_error(iova, error),
-                            WalkError::NotMapped => Halt::Missing(vec![Miss {
-                                iova,
-                                write,
-                                pages: pages.clamp(1, u64::from(MAX_REQUEST_PAGES)) as u32,
-                                group: None,
-                            }]),
-                        }
-                    })?;
-                let inserted = device
-                    .tlb
-                    .insert(&ticket, leaf.frame, leaf.writable, leaf.dirty);
-                if inserted == Inserted::Evicted {
-                    device.counters.tlb_evictions.add(1);
-                }
-                // Overtaken by a shootdown: good for this access, whose guard it waits for.
-                let used = Used {
-                    iova,
-                    frame: leaf.frame,
-                    write,
-                    fill: ticket.fill,
-                };
-                (used, leaf.size)
-            }
+            Lookup::Miss(ticket) => (self.walk(&ticket, iova, write, pages)?, ticket.fill),
+        };
+        let used = Used {
+            iova,
+            frame: leaf.page(iova),
+            write,
+            fill,
         };
         self.last.set(used);
-        let mut rest = size - (iova.0 & (size - 1));
+        let mut rest = leaf.size() - (iova.0 & (leaf.size() - 1));
         if let Some(root) = self.space.cpu_page_table {
             // Watched: each page is compared, as the process may map the leaf by smaller ones.
             rest = rest_of_page(iova);
@@ -165,6 +178,9 @@ impl Access<'_> {
 
 impl Drop for Access<'_> {
     fn drop(&mut self) {
+        if self.hits.get() > 0 {
+            self.counters().tlb_hits.add(self.hits.get());
+        }
         // Before the guard itself is dropped.
         if self.guard.is_outlived() {
             let used = self.last.get();

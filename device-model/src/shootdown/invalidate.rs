@@ -7,15 +7,22 @@ use extlb_spec::regs::FatalError;
 use super::queue::{CommandQueue, Fatal};
 use crate::Device;
 use crate::context::{Entry, Space};
-use crate::tlb::Scope;
+use crate::tlb::{Removed, Scope};
 
 impl Device {
     /// Forgets translations. Accesses that use them now go on; a drain waits for them.
     pub(super) fn invalidate(&self, scope: &Scope) {
-        let removed = self.tlb.remove(scope);
-        self.counters.tlb_shot_down.add(removed.entries);
+        let removed = self.remove_translations(scope);
         self.counters.invalidations.add(1);
         self.invalidation_begun(scope, removed.fills);
+    }
+
+    /// Takes translations out of the TLB, and counts them for their contexts.
+    fn remove_translations(&self, scope: &Scope) -> Removed {
+        let contexts = &self.counters.contexts;
+        self.tlb.remove(scope, |context| {
+            contexts[context as usize].tlb_shot_down.add(1);
+        })
     }
 
     /// Reads a context's entry again.
@@ -46,8 +53,7 @@ impl Device {
     pub(crate) fn set_context(&self, id: u32, entry: Entry) {
         self.contexts[id as usize].set(entry);
         let scope = Scope::Context(id);
-        let removed = self.tlb.remove(&scope);
-        self.counters.tlb_shot_down.add(removed.entries);
+        self.remove_translations(&scope);
         self.context_changed(id);
     }
 }

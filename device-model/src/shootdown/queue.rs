@@ -2,7 +2,7 @@
 
 use std::mem::offset_of;
 use std::sync::TryLockError;
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::Ordering;
 
 use extlb_spec::Gpa;
 use extlb_spec::invalidation::{
@@ -12,6 +12,7 @@ use extlb_spec::page_request::Response;
 use extlb_spec::regs::FatalError;
 
 use super::drain::Waiting;
+use crate::handshake::before_sleep;
 use crate::ports::BusError;
 use crate::sync::lock;
 use crate::tlb::Scope;
@@ -226,13 +227,15 @@ impl Device {
     fn arm(&self, queue: &mut CommandQueue) -> Result<bool, Fatal> {
         let memory = &*self.ports.memory;
         let need_kick = queue.word(offset_of!(KernelShadow, iq_need_kick));
-        memory
-            .store_u32(need_kick, 1, Ordering::Relaxed)
-            .map_err(shadow_error)?;
-        queue.armed = true;
-        // Mirror image of the kernel's store to `iq_tail`, fence, load of `iq_need_kick`.
-        fence(Ordering::SeqCst);
-        Ok(self.commands_ahead(queue)? == 0)
+        let ask = |queue: &mut CommandQueue| {
+            memory
+                .store_u32(need_kick, 1, Ordering::Relaxed)
+                .map_err(shadow_error)?;
+            queue.armed = true;
+            Ok(())
+        };
+        let ahead = before_sleep(queue, ask, |queue| self.commands_ahead(queue))?;
+        Ok(ahead == 0)
     }
 
     /// Makes the shadow page say where the queue stands, when the device begins to run.

@@ -1,0 +1,282 @@
+//! A set-associative array that is read without a lock.
+//!
+//! A set is a row of atomic words: for each way a tag, data and the number of the fill, and in
+//! front a sequence number that is odd while the set changes (a seqlock). A reader takes the words
+//! between two looks at the sequence number; if they differ it takes nothing. Whoever writes
+//! holds the lock of the TLB, proved by `&mut Writer`.
+
+use crate::config::{Geometry, Policy};
+use crate::sync::{AtomicU64, Ordering, Pillar, fence, stands};
+
+/// The right to change the array; lives in the TLB's lock.
+#[derive(Debug)]
+pub(super) struct Writer {
+    random: u64,
+}
+
+impl Writer {
+    pub(super) fn new(seed: u64) -> Self {
+        // Xorshift must not start from zero.
+        Self {
+            random: seed | 1 << 63,
+        }
+    }
+
+    fn random(&mut self) -> u64 {
+        let mut x = self.random;
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        self.random = x;
+        x
+    }
+}
+
+/// What is stored under a tag. A tag is never 0: that is a free way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Line {
+    pub(super) tag: u64,
+    pub(super) data: u64,
+    pub(super) fill: u64,
+}
+
+/// The set changed under the reader.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Changing;
+
+/// Where a line is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Place {
+    set: usize,
+    way: usize,
+}
+
+pub(super) struct Sets {
+    sets: usize,
+    ways: usize,
+    policy: Policy,
+    words: Box<[AtomicU64]>,
+}
+
+/// The words of one set.
+struct Set<'a> {
+    sequence: &'a AtomicU64,
+    /// LRU, FIFO: the rank given last. Tree-PLRU: the tree, bit n is node n, the root is 1; set:
+    /// the older half is the right one.
+    order: &'a AtomicU64,
+    tags: &'a [AtomicU64],
+    data: &'a [AtomicU64],
+    fills: &'a [AtomicU64],
+    /// LRU, FIFO: order of last use, or of fill.
+    ranks: &'a [AtomicU64],
+}
+
+const HEAD: usize = 2;
+const COLUMNS: usize = 4;
+
+impl Sets {
+    pub(super) fn new(geometry: Geometry, policy: Policy) -> Self {
+        let Geometry { sets, ways } = geometry;
+        let words = sets * (HEAD + COLUMNS * ways);
+        Self {
+            sets,
+            ways,
+            policy,
+            words: (0..words).map(|_| AtomicU64::new(0)).collect(),
+        }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.sets
+    }
+
+    /// The set of the piece with this number. Neighbours go to neighbouring sets; contexts start
+    /// at different ones.
+    pub(super) fn index(&self, context: u32, number: u64) -> usize {
+        (number as usize).wrapping_add(context as usize * 0x9e37_79b1) & (self.sets - 1)
+    }
+
+    #[inline]
+    fn set(&self, index: usize) -> Set<'_> {
+        let stride = HEAD + COLUMNS * self.ways;
+        let words = &self.words[index * stride..][..stride];
+        let (head, words) = words.split_at(HEAD);
+        let (tags, words) = words.split_at(self.ways);
+        let (data, words) = words.split_at(self.ways);
+        let (fills, ranks) = words.split_at(self.ways);
+        Set {
+            sequence: &head[0],
+            order: &head[1],
+            tags,
+            data,
+            fills,
+            ranks,
+        }
+    }
+
+    /// Looks a tag up, without a lock.
+    #[inline]
+    pub(super) fn find(&self, index: usize, tag: u64) -> Result<Option<(Place, Line)>, Changing> {
+        let set = self.set(index);
+        // Acquire pairs with the release at the end of `change`: what is read below is at least
+        // as new as this number.
+        let before = set.sequence.load(Ordering::Acquire);
+        let way = (set.tags.iter()).position(|t| t.load(Ordering::Relaxed) == tag);
+        let found = way.map(|way| {
+            let line = Line {
+                tag,
+                data: set.data[way].load(Ordering::Relaxed),
+                fill: set.fills[way].load(Ordering::Relaxed),
+            };
+            (Place { set: index, way }, line)
+        });
+        // Pairs with the release fence in `change`: if a word above was written by a change, the
+        // number below is that change's or a later one.
+        fence(Ordering::Acquire);
+        let after = set.sequence.load(Ordering::Relaxed);
+        if stands(Pillar::Sequence) && (before % 2 == 1 || before != after) {
+            return Err(Changing);
+        }
+        Ok(found)
+    }
+
+    /// A line was used. Relaxed, and without the lock: threads that meet here may spoil the order
+    /// of use, and nothing else.
+    #[inline]
+    pub(super) fn touch(&self, place: Place) {
+        let set = self.set(place.set);
+        match self.policy {
+            Policy::Lru => {
+                let newest = set.order.load(Ordering::Relaxed);
+                let rank = &set.ranks[place.way];
+                if rank.load(Ordering::Relaxed) != newest {
+                    set.order.store(newest + 1, Ordering::Relaxed);
+                    rank.store(newest + 1, Ordering::Relaxed);
+                }
+            }
+            Policy::Plru => {
+                let old = set.order.load(Ordering::Relaxed);
+                let new = point_away(old, place.way, self.ways);
+                if old != new {
+                    set.order.store(new, Ordering::Relaxed);
+                }
+            }
+            Policy::Fifo | Policy::Random => {}
+        }
+    }
+
+    /// Changes a set: readers that overlap take nothing.
+    fn change<R>(&self, set: &Set<'_>, change: impl FnOnce() -> R) -> R {
+        // Only writers store it, and they hold the lock.
+        let before = set.sequence.load(Ordering::Relaxed);
+        set.sequence.store(before + 1, Ordering::Relaxed);
+        fence(Ordering::Release);
+        let result = change();
+        set.sequence.store(before + 2, Ordering::Release);
+        result
+    }
+
+    /// Stores a line: in place of the one with its tag, in a free way, or in place of the one
+    /// that the policy names. Whether another one went.
+    pub(super) fn put(&self, writer: &mut Writer, index: usize, line: Line) -> bool {
+        let set = self.set(index);
+        let find = |tag| (set.tags.iter()).position(|t| t.load(Ordering::Relaxed) == tag);
+        let (way, evicted) = match find(line.tag).or_else(|| find(0)) {
+            Some(way) => (way, false),
+            None => (self.victim(writer, &set), true),
+        };
+        self.change(&set, || {
+            set.tags[way].store(line.tag, Ordering::Relaxed);
+            set.data[way].store(line.data, Ordering::Relaxed);
+            set.fills[way].store(line.fill, Ordering::Relaxed);
+        });
+        match self.policy {
+            Policy::Lru | Policy::Fifo => {
+                let rank = set.order.load(Ordering::Relaxed) + 1;
+                set.order.store(rank, Ordering::Relaxed);
+                set.ranks[way].store(rank, Ordering::Relaxed);
+            }
+            Policy::Plru => self.touch(Place { set: index, way }),
+            Policy::Random => {}
+        }
+        evicted
+    }
+
+    fn victim(&self, writer: &mut Writer, set: &Set<'_>) -> usize {
+        match self.policy {
+            Policy::Random => (writer.random() % self.ways as u64) as usize,
+            Policy::Plru => oldest(set.order.load(Ordering::Relaxed), self.ways),
+            Policy::Lru | Policy::Fifo => (0..self.ways)
+                .min_by_key(|way| set.ranks[*way].load(Ordering::Relaxed))
+                .unwrap_or(0),
+        }
+    }
+
+    /// Removes the lines of a set whose tag `covered` names.
+    pub(super) fn clear(
+        &self,
+        _writer: &mut Writer,
+        index: usize,
+        covered: &mut dyn FnMut(u64) -> bool,
+    ) {
+        let set = self.set(index);
+        // A full set is at most 64 ways.
+        let mut gone = 0u64;
+        for (way, tag) in set.tags.iter().enumerate() {
+            let tag = tag.load(Ordering::Relaxed);
+            if tag != 0 && covered(tag) {
+                gone |= 1 << way;
+            }
+        }
+        if gone == 0 {
+            return;
+        }
+        self.change(&set, || {
+            for (way, tag) in set.tags.iter().enumerate() {
+                if gone >> way & 1 == 1 {
+                    tag.store(0, Ordering::Relaxed);
+                }
+            }
+        });
+    }
+
+    /// Every line. The caller holds the lock.
+    pub(super) fn lines(&self, _writer: &Writer, f: &mut dyn FnMut(Line)) {
+        for index in 0..self.sets {
+            let set = self.set(index);
+            for (way, tag) in set.tags.iter().enumerate() {
+                let tag = tag.load(Ordering::Relaxed);
+                if tag != 0 {
+                    f(Line {
+                        tag,
+                        data: set.data[way].load(Ordering::Relaxed),
+                        fill: set.fills[way].load(Ordering::Relaxed),
+                    });
+                }
+            }
+        }
+    }
+}
+
+/// The tree after a use of `way`: every node on the way to it points to its other half.
+fn point_away(mut tree: u64, way: usize, ways: usize) -> u64 {
+    let mut node = 1;
+    let mut half = ways / 2;
+    while half > 0 {
+        let right = way & half != 0;
+        let bit = 1 << node;
+        tree = if right { tree & !bit } else { tree | bit };
+        node = 2 * node + usize::from(right);
+        half /= 2;
+    }
+    tree
+}
+
+/// The way to which the nodes point.
+fn oldest(tree: u64, ways: usize) -> usize {
+    let mut node = 1;
+    while node < ways {
+        node = 2 * node + (tree >> node & 1) as usize;
+    }
+    node - ways
+}
