@@ -77,11 +77,13 @@ pub const TABLE: &[FaultKind] = &[
         needs: &[],
         takes: &[],
         does: "An acknowledgement is never written. Its interrupt, if it has one, is raised.",
-        noticed_by: "Who waits for it: a driver gives up when its patience is over, and fences \
-                       the device. Nothing in the device notices.",
+        noticed_by: "Who waits for it: the kernel's driver, and the one in user space, give up \
+                       when their patience is over, and fence the device. Nothing in the device \
+                       notices.",
         tests: &[
             "device-model/tests/fault_shootdown.rs::a_skipped_acknowledgement_never_comes",
             "driver/tests/faults_unsafe.rs::an_acknowledgement_that_does_not_come_is_a_time_out_and_a_fence",
+            "tests/tests/vm_faults.rs::an_acknowledgement_that_does_not_come_fences_the_device",
         ],
     },
     FaultKind {
@@ -161,13 +163,14 @@ pub const TABLE: &[FaultKind] = &[
         does: "A range invalidation leaves out one page, the first or the last by the seed: its \
                translation stays in the TLB. Invalidations of a context, or of all, are obeyed.",
         noticed_by: "The device's oracle, when the translation is used (`NotInvalidated`), and \
-                       an audit; the bus, if the memory is unmapped from it. A driver alone does \
-                       not.",
+                       an audit; the bus, if the memory is unmapped from it; whoever finds \
+                       foreign data in a page, as the tour does. A driver alone does not.",
         tests: &[
             "device-model/tests/fault_shootdown.rs::a_tlb_entry_that_is_left_out_is_found_by_the_oracle",
             "device-model/tests/fault_shootdown.rs::a_tlb_entry_that_is_left_out_is_found_by_an_audit",
             "driver/tests/faults_unsafe.rs::a_translation_that_was_left_out_is_found_by_the_oracle",
             "driver/tests/faults_unsafe.rs::a_translation_that_was_left_out_is_caught_on_the_bus",
+            "tests/tests/vm_faults.rs::a_translation_that_was_left_out_is_found_by_the_tour",
         ],
     },
     FaultKind {
@@ -176,11 +179,13 @@ pub const TABLE: &[FaultKind] = &[
         needs: &[],
         takes: &["vector"],
         does: "An MSI-X message is not sent.",
-        noticed_by: "Nobody: what it was about is found at the next look, once a second in the \
-                       library.",
+        noticed_by: "Who looks without being asked: the library does once a second. The \
+                       kernel's driver does not look at page requests by itself: with it the \
+                       operation waits until another request comes, as with lose-request.",
         tests: &[
             "device-model/tests/fault_requests.rs::a_lost_interrupt_is_noticed_only_by_who_looks_at_the_ring",
             "driver/tests/faults_unsafe.rs::lost_and_repeated_interrupts_cost_time_and_nothing_else",
+            "tests/tests/vm_faults.rs::lost_requests_responses_and_interrupts_are_noticed_by_the_program_only",
         ],
     },
     FaultKind {
@@ -209,6 +214,7 @@ pub const TABLE: &[FaultKind] = &[
             "device-model/tests/fault_requests.rs::a_lost_request_is_noticed_only_by_who_waits_for_the_operation",
             "device-model/tests/fault_requests.rs::a_ring_that_loses_requests_is_as_long_as_any_other",
             "driver/tests/faults_unsafe.rs::lost_requests_and_responses_are_noticed_by_the_programs_own_patience_only",
+            "tests/tests/vm_faults.rs::lost_requests_responses_and_interrupts_are_noticed_by_the_program_only",
         ],
     },
     FaultKind {
@@ -221,6 +227,7 @@ pub const TABLE: &[FaultKind] = &[
         tests: &[
             "device-model/tests/fault_requests.rs::a_lost_response_leaves_the_operation_waiting_for_another",
             "driver/tests/faults_unsafe.rs::lost_requests_and_responses_are_noticed_by_the_programs_own_patience_only",
+            "tests/tests/vm_faults.rs::lost_requests_responses_and_interrupts_are_noticed_by_the_program_only",
         ],
     },
     FaultKind {
@@ -251,6 +258,7 @@ pub const TABLE: &[FaultKind] = &[
         tests: &[
             "device-model/tests/fault_data.rs::poisoned_data_is_noticed_by_a_checksum_or_a_comparison_and_by_nobody_else",
             "driver/tests/faults_unsafe.rs::poisoned_data_is_noticed_by_who_looks_at_the_data",
+            "tests/tests/vm_faults.rs::poisoned_data_is_noticed_by_the_program_only",
         ],
     },
     FaultKind {
@@ -287,11 +295,13 @@ pub const TABLE: &[FaultKind] = &[
         needs: &["delay_us"],
         takes: &[],
         does: "A data access does not end for so long, at most 60 s: no drain ends, and no reset.",
-        noticed_by: "Who waits for a drain meanwhile: a driver gives up when its patience is \
-                       over, and fences the device, which takes until the access ends.",
+        noticed_by: "Who waits for a drain meanwhile: the kernel's driver, and the one in user \
+                       space, give up when their patience is over, and fence the device, which \
+                       takes until the access ends.",
         tests: &[
             "device-model/tests/fault_data.rs::a_drain_waits_for_memory_that_is_slow_or_hangs",
             "driver/tests/faults_unsafe.rs::a_bus_that_hangs_is_a_time_out_and_a_fence_that_waits_for_its_end",
+            "tests/tests/vm_faults.rs::a_bus_that_hangs_fences_the_device",
         ],
     },
     FaultKind {
@@ -300,12 +310,14 @@ pub const TABLE: &[FaultKind] = &[
         needs: &[],
         takes: &[],
         does: "The device resets itself, as by FLR, while a data access is under way.",
-        noticed_by: "A driver that looks at STATUS, which says that the device is not enabled; \
-                       the library does so once a second, and whenever an acknowledgement takes \
-                       long.",
+        noticed_by: "The driver in user space, which looks at STATUS once a second and whenever \
+                       an acknowledgement takes long. The kernel's driver by its next \
+                       shootdown, which is not acknowledged; a program that waits until then is \
+                       told nothing.",
         tests: &[
             "device-model/tests/fault_data.rs::a_reset_in_the_middle_of_an_access_waits_for_it_and_leaves_silence",
             "driver/tests/faults_unsafe.rs::a_reset_in_the_middle_of_an_access_is_seen_when_the_driver_looks",
+            "tests/tests/vm_faults.rs::a_device_that_resets_itself_is_fenced_at_the_next_shootdown",
         ],
     },
     FaultKind {

@@ -6,6 +6,7 @@
 
 mod hostile;
 mod kill;
+mod patient;
 mod proc_fs;
 mod sys_unsafe;
 
@@ -41,6 +42,15 @@ enum Command {
     },
     /// Works until killed: copies in memory that is unmapped under the device all the time.
     Work,
+    /// Works on a device that may be broken, and says how that ended.
+    Patient {
+        /// Number of operations.
+        #[arg(long, default_value_t = 20)]
+        rounds: u32,
+        /// How long one may take, in ms.
+        #[arg(long, default_value_t = 5000)]
+        patience: u64,
+    },
 }
 
 fn main() -> Result<()> {
@@ -48,5 +58,8 @@ fn main() -> Result<()> {
         Command::Hostile { calls, seed } => hostile::run(calls, seed),
         Command::Kill { processes, seed } => kill::run(processes, seed),
         Command::Work => kill::work(),
+        Command::Patient { rounds, patience } => {
+            patient::run(rounds, std::time::Duration::from_millis(patience))
+        }
     }
 }
