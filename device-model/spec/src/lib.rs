@@ -22,6 +22,7 @@ mod hex;
 pub mod histogram;
 pub mod invalidation;
 pub mod page_request;
+pub mod pci_config;
 pub mod pte;
 pub mod regs;
 pub mod table;

@@ -6,7 +6,7 @@
 //!
 //! - `registers FROM TO`: the registers with offsets in `[FROM, TO)`;
 //! - `struct PATH`, `enum PATH`, `bits PATH`: a table, by its path in this crate;
-//! - `limits`, `example`: see the modules of these names;
+//! - `pci`: the configuration space; `limits`, `example`: see the modules of these names;
 //! - anything else: a constant, see [`constants`].
 //!
 //! What is in a table and not in the prose is an error: nothing can be left out by oversight.
@@ -119,6 +119,7 @@ impl Printer {
                     _ => tables::bits(table),
                 }
             }
+            ["pci"] => tables::config_space(),
             ["limits"] => limits::print(),
             ["example"] => example::print(),
             [name] => constants::value(name).ok_or("no such constant")?,

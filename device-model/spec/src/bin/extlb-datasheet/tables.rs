@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use extlb_spec::pci_config;
 use extlb_spec::regs::{Access, Register};
 use extlb_spec::table::{Enumeration, Field, Layout};
 
@@ -40,6 +41,27 @@ pub(crate) fn registers(registers: &[&Register]) -> String {
             r.width,
             r.reset,
             text(r.doc)
+        )
+        .expect(STRING);
+    }
+    out
+}
+
+/// The PCI configuration space.
+pub(crate) fn config_space() -> String {
+    let mut out = String::from(
+        "| Offset | Field | Bytes | After reset | Writable bits | |\n|---|---|---|---|---|---|\n",
+    );
+    for field in pci_config::ALL {
+        let writable = match field.writable {
+            0 => "-".into(),
+            mask => format!("`{mask:#x}`"),
+        };
+        let (offset, name, width, reset) = (field.offset, field.name, field.width, field.reset);
+        let doc = text(field.doc);
+        writeln!(
+            out,
+            "| `{offset:#04x}` | `{name}` | {width} | `{reset:#x}` | {writable} | {doc} |"
         )
         .expect(STRING);
     }
