@@ -15,12 +15,18 @@ use extlb_spec::context::{
 use extlb_spec::page_request::Response;
 use extlb_spec::work::Descriptor;
 use extlb_spec::{Gpa, Iova, PAGE_SIZE};
+use serde::{Deserialize, Serialize};
 
 use crate::request::{Ahead, Batch, Operation};
 use crate::sync::lock;
 
+mod saved;
+
+pub(crate) use saved::{Saved, View};
+
 /// A well-formed context table entry.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct Space {
     pub(crate) context: u32,
     pub(crate) page_table: Gpa,
@@ -73,7 +79,7 @@ impl Space {
 }
 
 /// What the last sync command found.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Entry {
     /// Not valid: the context does not run.
     Stopped,
@@ -83,7 +89,8 @@ pub(crate) enum Entry {
     Valid(Space),
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct Control {
     entry: Entry,
     /// Counts starts: tells a change from a stop and a start.
@@ -91,14 +98,16 @@ pub(crate) struct Control {
 }
 
 /// A page request that the operation of a context waits for.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct Waiting {
     pub(crate) group: u32,
     pub(crate) response: Option<Response>,
 }
 
 /// A context stopped on this, and the kernel must be told.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct Failure {
     pub(crate) error: ContextError,
     pub(crate) addr: u64,
@@ -109,7 +118,8 @@ pub(crate) struct Failure {
 }
 
 /// A page that the operation misses.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct Miss {
     pub(crate) iova: Iova,
     pub(crate) write: bool,
@@ -119,7 +129,8 @@ pub(crate) struct Miss {
 }
 
 /// The engine's part.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct Work {
     /// The epoch that the fields below are of.
     pub(crate) epoch: u64,
@@ -150,7 +161,8 @@ pub(crate) struct Work {
 }
 
 /// What the shadow page says.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct Told {
     pub(crate) head: u32,
     pub(crate) event_seq: u32,

@@ -2,6 +2,11 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use extlb_spec::MAX_CONTEXTS;
+use serde::{Deserialize, Serialize};
+
+use crate::state::{MAX_COUNT, StateError, check};
+
 macro_rules! counters {
     (
         device { $( $(#[$doc:meta])* $field:ident ),* $(,)? }
@@ -21,17 +26,59 @@ macro_rules! counters {
         pub(crate) struct ContextCounters { $( $(#[$cdoc])* pub(crate) $cfield: Counter ),* }
 
         /// What a device has done for a context since the last reset.
-        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+        #[serde(deny_unknown_fields)]
         pub struct ContextStats { $( $(#[$cdoc])* pub $cfield: u64 ),* }
 
         /// What a device has done.
-        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+        #[serde(deny_unknown_fields)]
         pub struct Totals {
             $( $(#[$doc])* pub $field: u64, )*
             $( $(#[$cdoc])* pub $cfield: u64, )*
         }
 
+        /// The counters as they are saved.
+        #[derive(Serialize, Deserialize)]
+        #[serde(deny_unknown_fields)]
+        pub(crate) struct State {
+            $( $field: u64, )*
+            contexts: Vec<ContextStats>,
+        }
+
+        impl Counters {
+            pub(crate) fn save(&self) -> State {
+                let Self { $( $field, )* contexts } = self;
+                State {
+                    $( $field: $field.get(), )*
+                    contexts: contexts.iter().map(|context| context.read()).collect(),
+                }
+            }
+
+            pub(crate) fn restore(state: State) -> Result<Self, StateError> {
+                let State { $( $field, )* contexts } = state;
+                $( check(concat!("the counter ", stringify!($field)), $field < MAX_COUNT, $field)?; )*
+                let count = contexts.len();
+                check("the contexts counted", count == MAX_CONTEXTS as usize, count)?;
+                Ok(Self {
+                    $( $field: Counter(AtomicU64::new($field)), )*
+                    contexts: contexts
+                        .into_iter()
+                        .map(ContextCounters::restore)
+                        .collect::<Result<_, _>>()?,
+                })
+            }
+        }
+
         impl ContextCounters {
+            fn restore(stats: ContextStats) -> Result<Self, StateError> {
+                let ContextStats { $( $cfield ),* } = stats;
+                // Their sum must not overflow either.
+                let max = MAX_COUNT / u64::from(MAX_CONTEXTS);
+                $( check(concat!("the counter ", stringify!($cfield)), $cfield < max, $cfield)?; )*
+                Ok(Self { $( $cfield: Counter(AtomicU64::new($cfield)) ),* })
+            }
+
             pub(crate) fn read(&self) -> ContextStats {
                 ContextStats { $( $cfield: self.$cfield.get() ),* }
             }
@@ -59,6 +106,20 @@ macro_rules! counters {
                 for context in &self.contexts {
                     $( totals.$cfield += context.$cfield.take(); )*
                 }
+            }
+        }
+
+        impl Totals {
+            /// Refuses what may overflow.
+            pub(crate) fn check(&self) -> Result<(), StateError> {
+                let Self { $( $field, )* $( $cfield, )* } = self;
+                for (count, name) in [
+                    $( ($field, stringify!($field)), )*
+                    $( ($cfield, stringify!($cfield)), )*
+                ] {
+                    check("a counter before the last reset", *count < MAX_COUNT, (name, count))?;
+                }
+                Ok(())
             }
         }
 

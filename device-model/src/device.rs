@@ -33,11 +33,12 @@ pub enum Step {
 }
 
 /// Bits of the gate: memory is accessed only while exactly `RUN` is set.
-mod gate {
-    pub(super) const ENABLED: u32 = 1 << 0;
-    pub(super) const BUS_MASTER: u32 = 1 << 1;
-    pub(super) const FATAL: u32 = 1 << 2;
-    pub(super) const RUN: u32 = ENABLED | BUS_MASTER;
+pub(crate) mod gate {
+    pub(crate) const ENABLED: u32 = 1 << 0;
+    pub(crate) const BUS_MASTER: u32 = 1 << 1;
+    pub(crate) const FATAL: u32 = 1 << 2;
+    pub(crate) const RUN: u32 = ENABLED | BUS_MASTER;
+    pub(crate) const ALL: u32 = RUN | FATAL;
 }
 
 /// A device. All methods may be called from any thread.
@@ -45,12 +46,12 @@ pub struct Device {
     pub(crate) config: Config,
     pub(crate) ports: Ports,
     pub(crate) messages: Messages,
-    gate: AtomicU32,
-    fatal: Mutex<Option<(FatalError, u64)>>,
-    registers: Mutex<RegisterFile>,
+    pub(crate) gate: AtomicU32,
+    pub(crate) fatal: Mutex<Option<(FatalError, u64)>>,
+    pub(crate) registers: Mutex<RegisterFile>,
     pub(crate) counters: Counters,
     /// What the counters were at the resets so far.
-    before: Mutex<Totals>,
+    pub(crate) before: Mutex<Totals>,
     pub(crate) guards: Guards,
     pub(crate) tlb: Tlb,
     pub(crate) contexts: Vec<Context>,
@@ -59,7 +60,7 @@ pub struct Device {
     pub(crate) requests: Mutex<RequestRing>,
     pub(crate) oracle: Mutex<Oracle>,
     /// When an engine last did something, in ns of the clock.
-    last_work: AtomicU64,
+    pub(crate) last_work: AtomicU64,
 }
 
 impl Device {
@@ -253,31 +254,16 @@ impl Device {
 
     /// `CTRL.ENABLE` was set: checks the configuration and opens the gate.
     fn enable(&self, file: &RegisterFile) {
-        let ring = u64::from(regs::MIN_RING_LOG2)..=u64::from(regs::MAX_RING_LOG2);
-        for (register, good) in [
-            (regs::CTX_COUNT, 1..=u64::from(MAX_CONTEXTS)),
-            (regs::IQ_LOG2, ring.clone()),
-            (regs::PRQ_LOG2, ring),
-        ] {
-            if !good.contains(&file.get(&register)) {
+        match queues(file) {
+            Ok((commands, requests)) => {
+                *lock(&self.commands) = commands;
+                *lock(&self.requests) = requests;
+            }
+            Err(register) => {
                 self.fatal(FatalError::BadConfig, register.offset);
                 return;
             }
         }
-        let gpa = |register| Gpa(file.get(&register));
-        let shadow = gpa(regs::SHADOW);
-        *lock(&self.commands) = CommandQueue::start(
-            gpa(regs::IQ_BASE),
-            file.get(&regs::IQ_LOG2) as u32,
-            shadow,
-            gpa(regs::CTX_TABLE),
-            file.get(&regs::CTX_COUNT) as u32,
-        );
-        *lock(&self.requests) = RequestRing::start(
-            gpa(regs::PRQ_BASE),
-            file.get(&regs::PRQ_LOG2) as u32,
-            shadow,
-        );
         self.gate.fetch_or(gate::ENABLED, Ordering::SeqCst);
     }
 
@@ -412,6 +398,37 @@ impl Device {
         let now = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
         self.last_work.store(now, Ordering::Relaxed);
     }
+}
+
+/// The queues of the kernel, empty, where the registers say; or the register that makes no sense.
+pub(crate) fn queues(
+    file: &RegisterFile,
+) -> Result<(CommandQueue, RequestRing), &'static regs::Register> {
+    let ring = u64::from(regs::MIN_RING_LOG2)..=u64::from(regs::MAX_RING_LOG2);
+    for (register, good) in [
+        (&regs::CTX_COUNT, 1..=u64::from(MAX_CONTEXTS)),
+        (&regs::IQ_LOG2, ring.clone()),
+        (&regs::PRQ_LOG2, ring),
+    ] {
+        if !good.contains(&file.get(register)) {
+            return Err(register);
+        }
+    }
+    let gpa = |register| Gpa(file.get(&register));
+    let shadow = gpa(regs::SHADOW);
+    let commands = CommandQueue::start(
+        gpa(regs::IQ_BASE),
+        file.get(&regs::IQ_LOG2) as u32,
+        shadow,
+        gpa(regs::CTX_TABLE),
+        file.get(&regs::CTX_COUNT) as u32,
+    );
+    let requests = RequestRing::start(
+        gpa(regs::PRQ_BASE),
+        file.get(&regs::PRQ_LOG2) as u32,
+        shadow,
+    );
+    Ok((commands, requests))
 }
 
 impl std::fmt::Debug for Device {

@@ -56,6 +56,7 @@ pub mod runner;
 mod schedule;
 pub mod server;
 mod shootdown;
+pub mod state;
 mod sync;
 mod tlb;
 #[cfg(test)]

@@ -4,8 +4,10 @@
 use std::sync::{Arc, Mutex};
 
 use extlb_spec::{VECTORS, Vector};
+use serde::{Deserialize, Serialize};
 
 use crate::ports::Interrupts;
+use crate::state::{StateError, check};
 use crate::sync::lock;
 
 /// The port of interrupts, behind the bus-master bit.
@@ -14,8 +16,9 @@ pub(crate) struct Messages {
     state: Mutex<State>,
 }
 
-#[derive(Default)]
-struct State {
+#[derive(Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct State {
     allowed: bool,
     held: [Option<Vector>; VECTORS as usize],
 }
@@ -24,6 +27,26 @@ impl Messages {
     pub(crate) fn new(port: Arc<dyn Interrupts>) -> Self {
         let state = Mutex::default();
         Self { port, state }
+    }
+
+    pub(crate) fn save(&self) -> State {
+        lock(&self.state).clone()
+    }
+
+    /// As it was saved. Raises nothing: what was sent before was sent.
+    pub(crate) fn restore(
+        port: Arc<dyn Interrupts>,
+        state: State,
+        bus_master: bool,
+    ) -> Result<Self, StateError> {
+        let State { allowed, held } = &state;
+        check("interrupts allowed", *allowed == bus_master, allowed)?;
+        for (number, vector) in held.iter().enumerate() {
+            let good = vector.is_none_or(|vector| vector as usize == number && !allowed);
+            check("an interrupt held", good, vector)?;
+        }
+        let state = Mutex::new(state);
+        Ok(Self { port, state })
     }
 
     /// When bus mastering was taken away and this returns, none is sent any more.

@@ -12,6 +12,8 @@ use extlb_spec::pci_config::{
     self as config, COMMAND, DEVICE_CONTROL, INITIATE_FLR, PM_CONTROL, command, power,
 };
 
+use crate::state::{StateError, check};
+
 /// Size of the configuration space, in bytes.
 pub const CONFIG_SIZE: usize = config::SIZE;
 
@@ -51,6 +53,31 @@ impl ConfigSpace {
             space.writable[bytes].copy_from_slice(&field.writable.to_le_bytes()[..field.width]);
         }
         space
+    }
+
+    /// What software wrote, as bytes from the start of the space; what follows is as after
+    /// power-on.
+    pub fn save(&self) -> Vec<u8> {
+        let Self { bytes, writable: _ } = self;
+        let end = bytes.iter().rposition(|byte| *byte != 0);
+        bytes[..end.map_or(0, |end| end + 1)].to_vec()
+    }
+
+    /// The space as it was saved; an error if a byte is one that software cannot have made.
+    pub fn restore(saved: &[u8]) -> Result<Self, StateError> {
+        let mut space = Self::new();
+        let len = saved.len();
+        check("the configuration space's length", len <= CONFIG_SIZE, len)?;
+        for at in 0..CONFIG_SIZE {
+            let byte = saved.get(at).copied().unwrap_or(0);
+            let fixed = (byte ^ space.bytes[at]) & !space.writable[at];
+            check("a byte of the configuration space", fixed == 0, (at, byte))?;
+            space.bytes[at] = byte;
+        }
+        let state = space.bytes[PM_CONTROL.offset] & power::STATE;
+        let known = state == power::D0 || state == power::D3_HOT;
+        check("the power state", known, state)?;
+        Ok(space)
     }
 
     fn u16(&self, at: usize) -> u16 {

@@ -1,12 +1,24 @@
 //! The register file: what software reads and writes, by the table of the spec crate.
 
 use extlb_spec::regs::{self, Access, Register};
+use serde::{Deserialize, Serialize};
+
+use crate::state::{StateError, check};
 
 /// Values of the writable registers, and the latch for reads in halves.
 #[derive(Debug)]
 pub(crate) struct RegisterFile {
     values: Vec<(Register, u64)>,
     /// Upper half of the 64-bit register at this offset, kept when its lower half was read.
+    latch: Option<(u64, u32)>,
+}
+
+/// The register file as it is saved.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct State {
+    /// (name, value) of the writable registers.
+    values: Vec<(String, u64)>,
     latch: Option<(u64, u32)>,
 }
 
@@ -40,6 +52,33 @@ impl RegisterFile {
             values: writable.map(|r| (*r, r.reset)).collect(),
             latch: None,
         }
+    }
+
+    pub(crate) fn save(&self) -> State {
+        let Self { values, latch } = self;
+        State {
+            values: values.iter().map(|(r, v)| (r.name.into(), *v)).collect(),
+            latch: *latch,
+        }
+    }
+
+    pub(crate) fn restore(state: State) -> Result<Self, StateError> {
+        let State { values, latch } = state;
+        let mut file = Self::new();
+        check(
+            "the number of registers",
+            values.len() == file.values.len(),
+            values.len(),
+        )?;
+        for ((register, value), (name, saved)) in file.values.iter_mut().zip(values) {
+            check("a register", name == register.name, &name)?;
+            check("a register's value", saved & !register.writable == 0, saved)?;
+            *value = saved;
+        }
+        let wide = |(offset, _): (u64, u32)| decode(offset, 8).is_some();
+        check("the register latched", latch.is_none_or(wide), latch)?;
+        file.latch = latch;
+        Ok(file)
     }
 
     /// The value of a writable register.

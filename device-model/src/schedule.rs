@@ -6,10 +6,12 @@ use std::collections::VecDeque;
 use std::sync::Mutex;
 
 use extlb_spec::MAX_CONTEXTS;
+use serde::{Deserialize, Serialize};
 
+use crate::state::{StateError, check};
 use crate::sync::lock;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 enum State {
     /// In no queue.
     Idle,
@@ -21,8 +23,9 @@ enum State {
     Again,
 }
 
-#[derive(Debug)]
-struct Inner {
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Inner {
     order: VecDeque<u32>,
     state: Vec<State>,
 }
@@ -37,6 +40,39 @@ impl Schedule {
             order: VecDeque::with_capacity(MAX_CONTEXTS as usize),
             state: vec![State::Idle; MAX_CONTEXTS as usize],
         }))
+    }
+
+    /// What is queued. A context that an engine thread has taken and could not run yet, or has run
+    /// and not given back, is queued first: where it goes on, nobody has it.
+    pub(crate) fn save(&self) -> Inner {
+        let mut inner = lock(&self.0).clone();
+        for (context, state) in inner.state.iter_mut().enumerate() {
+            if matches!(state, State::Running | State::Again) {
+                *state = State::Queued;
+                inner.order.push_front(context as u32);
+            }
+        }
+        inner
+    }
+
+    pub(crate) fn restore(inner: Inner) -> Result<Self, StateError> {
+        let Inner { order, state } = &inner;
+        check(
+            "the contexts scheduled",
+            state.len() == MAX_CONTEXTS as usize,
+            state.len(),
+        )?;
+        let mut queued = vec![State::Idle; MAX_CONTEXTS as usize];
+        for context in order {
+            let place = queued.get_mut(*context as usize);
+            let place = place.filter(|state| **state == State::Idle);
+            check("a context queued", place.is_some(), context)?;
+            if let Some(state) = place {
+                *state = State::Queued;
+            }
+        }
+        check("the state of the contexts", *state == queued, state)?;
+        Ok(Self(Mutex::new(inner)))
     }
 
     /// Something came up for a context: it will be run. Whether somebody should be woken.

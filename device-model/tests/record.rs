@@ -112,8 +112,8 @@ fn difference(result: Result<Replayed, ReplayError>) -> Difference {
 
 #[test]
 fn another_configuration_differs_at_the_first_call_where_it_matters() {
-    let (log, _) = record(3, 2000);
-    let mut config = workload::config(3);
+    let (log, _) = record(4, 2000);
+    let mut config = workload::config(4);
     assert_eq!(config.tlb.policy, Policy::Lru);
     config.tlb.policy = Policy::Fifo;
     let difference = difference(replayed(log.clone(), Some(config)));

@@ -22,11 +22,13 @@ mod suspects;
 
 use extlb_spec::regs::{ORACLE_RECORDS, StaleKind};
 use extlb_spec::{Gpa, Iova};
+use serde::{Deserialize, Serialize};
 
 use crate::Device;
 use crate::context::Context;
 use crate::ports::Event;
 use crate::shootdown::CommandQueue;
+use crate::state::{Shift, StateError, check};
 use crate::sync::lock;
 use crate::tlb::Scope;
 
@@ -34,7 +36,8 @@ pub(crate) use suspects::Suspects;
 use suspects::{Suspect, Verdict};
 
 /// An access that broke the rule.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct StaleAccess {
     /// In which way.
     pub kind: StaleKind,
@@ -55,7 +58,8 @@ pub struct StaleAccess {
 }
 
 /// A translation as an access uses it.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct Used {
     pub(crate) iova: Iova,
     pub(crate) frame: Gpa,
@@ -64,7 +68,8 @@ pub(crate) struct Used {
 }
 
 /// What the oracle keeps.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct Oracle {
     pub(crate) suspects: Suspects,
     /// The first stale accesses, for the registers.
@@ -79,6 +84,22 @@ impl Oracle {
             records: Vec::new(),
             overflow_told: false,
         }
+    }
+
+    /// Believes what was saved, and lets its times be those of another clock.
+    pub(crate) fn restore(
+        &mut self,
+        config: &crate::config::OracleConfig,
+        shift: Shift,
+    ) -> Result<(), StateError> {
+        let Self {
+            suspects,
+            records,
+            overflow_told: _,
+        } = self;
+        suspects.restore(config, shift)?;
+        let room = records.len() <= ORACLE_RECORDS as usize;
+        check("the number of records of the oracle", room, records.len())
     }
 }
 

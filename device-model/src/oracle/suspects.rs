@@ -4,14 +4,17 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use extlb_spec::regs::StaleKind;
-use extlb_spec::{Gpa, Iova};
+use extlb_spec::{Gpa, Iova, MAX_CONTEXTS};
+use serde::{Deserialize, Serialize};
 
 use super::{StaleAccess, Used};
 use crate::config::OracleConfig;
+use crate::state::{MAX_COUNT, Shift, StateError, check};
 use crate::tlb::Scope;
 
 /// An access that differed.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct Suspect {
     pub(crate) used: Used,
     pub(crate) cpu_gpa: Option<Gpa>,
@@ -51,7 +54,8 @@ pub(crate) enum Verdict {
 }
 
 /// An invalidation: what it covers, and the last fill that had begun.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Answer {
     scope: Scope,
     fills: u64,
@@ -69,11 +73,13 @@ impl Answer {
 /// more of the process's page table.
 type Key = (u32, Iova, u64, bool);
 
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct Suspects {
     bound: Duration,
     capacity: usize,
     log: usize,
+    #[serde(with = "crate::state::pairs")]
     open: BTreeMap<Key, Suspect>,
     /// Keys in order of time; those that are closed are skipped when their time comes.
     order: VecDeque<(Duration, Key)>,
@@ -94,6 +100,86 @@ impl Suspects {
             begun: Vec::new(),
             done: VecDeque::new(),
         }
+    }
+
+    /// Believes what was saved, and lets its times be those of another clock.
+    pub(crate) fn restore(
+        &mut self,
+        config: &OracleConfig,
+        shift: Shift,
+    ) -> Result<(), StateError> {
+        let fresh = Self::new(config);
+        let Self {
+            bound,
+            capacity,
+            log,
+            open,
+            order,
+            begun,
+            done,
+        } = self;
+        let limits = (*bound, *capacity, *log);
+        let good = limits == (fresh.bound, fresh.capacity, fresh.log);
+        check("the limits of the oracle", good, limits)?;
+        check(
+            "the number of suspects",
+            open.len() <= *capacity,
+            open.len(),
+        )?;
+        check(
+            "the order of suspects",
+            order.len() <= 2 * *capacity,
+            order.len(),
+        )?;
+        check(
+            "the number of invalidations",
+            begun.len() <= *log,
+            begun.len(),
+        )?;
+        check(
+            "the number of invalidations done",
+            done.len() <= *log,
+            done.len(),
+        )?;
+        for (key, suspect) in open.iter_mut() {
+            let Suspect {
+                used,
+                cpu_gpa,
+                root,
+                invalidation,
+                since,
+            } = suspect;
+            let good = *key == (key.0, used.iova.page(), used.fill, used.write)
+                && key.0 < MAX_CONTEXTS
+                && used.iova.range_is_valid(1)
+                && used.fill < MAX_COUNT
+                && *invalidation < MAX_COUNT;
+            check("a suspect", good, key)?;
+            for gpa in [used.frame, *root, cpu_gpa.unwrap_or(*root)] {
+                check("the page of a suspect", crate::state::is_page(gpa), gpa)?;
+            }
+            *since = shift.apply(*since);
+        }
+        for (since, _) in order {
+            *since = shift.apply(*since);
+        }
+        for answer in begun.iter().chain(done.iter()) {
+            let Answer {
+                scope,
+                fills,
+                exact: _,
+            } = answer;
+            check("an invalidation's fills", *fills < MAX_COUNT, fills)?;
+            let (Scope::Range(context, _) | Scope::Context(context)) = scope else {
+                continue;
+            };
+            check(
+                "an invalidation's context",
+                *context < MAX_CONTEXTS,
+                context,
+            )?;
+        }
+        Ok(())
     }
 
     /// Takes note of a difference.

@@ -2,12 +2,14 @@
 
 use extlb_spec::Iova;
 use extlb_spec::work::Descriptor;
+use serde::{Deserialize, Serialize};
 
 use super::descriptor::parse;
 use super::translate::rest_of_page;
 use super::{Access, Halt};
 use crate::Device;
 use crate::context::{Space, Work};
+use crate::state::{StateError, check};
 
 /// Descriptors that are read at once.
 const AHEAD: usize = 16;
@@ -17,7 +19,8 @@ const SIZE: usize = Descriptor::SIZE;
 ///
 /// A program must not change a descriptor before it is retired, so it does not matter when it is
 /// read. Nothing of their operands is translated before their turn.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct Ahead {
     descriptors: [Descriptor; AHEAD],
     /// Those of `[next, count)` are left.
@@ -40,6 +43,17 @@ impl Ahead {
     pub(crate) fn clear(&mut self) {
         self.count = 0;
         self.next = 0;
+    }
+
+    /// Refuses what was saved, if it makes no sense. A descriptor is checked when its turn comes.
+    pub(crate) fn check(&self) -> Result<(), StateError> {
+        let Self {
+            descriptors: _,
+            next,
+            count,
+        } = self;
+        let good = next <= count && *count <= AHEAD;
+        check("the descriptors read ahead", good, (next, count))
     }
 
     fn take(&mut self) -> Option<Descriptor> {

@@ -17,6 +17,7 @@ mod translate;
 mod page_request;
 
 mod operation;
+mod saved;
 mod transfer;
 
 mod complete;

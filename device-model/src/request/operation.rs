@@ -2,9 +2,11 @@
 
 use extlb_spec::Iova;
 use extlb_spec::work::{Completion, Descriptor, Opcode, Status, fault};
+use serde::{Deserialize, Serialize};
 
 /// An operation under way.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct Operation {
     pub(crate) opcode: Opcode,
     pub(crate) descriptor: Descriptor,
@@ -22,7 +24,8 @@ pub(crate) struct Operation {
 }
 
 /// What is left of an operand: a range, and after that a list of ranges.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct Cursor {
     /// The range is `[at, at + left)`, in the address space.
     pub(crate) at: u64,
@@ -34,7 +37,8 @@ pub(crate) struct Cursor {
 }
 
 /// A batch whose descriptors are being run.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct Batch {
     /// The batch's own operation; its `done` counts descriptors that ended.
     pub(crate) own: Operation,

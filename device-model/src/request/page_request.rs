@@ -18,7 +18,8 @@ use extlb_spec::invalidation::KernelShadow;
 use extlb_spec::page_request::{PageRequest, RequestKind, Response, flags};
 use extlb_spec::regs::FatalError;
 use extlb_spec::work::Status;
-use extlb_spec::{Gpa, Vector};
+use extlb_spec::{Gpa, MAX_CONTEXTS, Vector};
+use serde::{Deserialize, Serialize};
 
 use super::Turn;
 use super::doorbell::word;
@@ -26,10 +27,12 @@ use crate::Device;
 use crate::context::{Context, Failure, Space, Waiting, Work};
 use crate::guard::Lane;
 use crate::ports::Event;
+use crate::state::{StateError, check};
 use crate::sync::lock;
 
 /// The ring to the kernel.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct RequestRing {
     pub(crate) base: Gpa,
     pub(crate) entries: u32,
@@ -62,6 +65,31 @@ impl RequestRing {
             shadow,
             ..Default::default()
         }
+    }
+
+    /// Refuses what was saved unless it is what became of `fresh`.
+    pub(crate) fn check(&self, fresh: &Self) -> Result<(), StateError> {
+        let Self {
+            base,
+            entries,
+            shadow,
+            tail: _,
+            armed: _,
+            waiters,
+        } = self;
+        let place = (*base, *entries, *shadow);
+        let same = place == (fresh.base, fresh.entries, fresh.shadow);
+        check("the page request ring", same, place)?;
+        let mut seen = std::collections::BTreeSet::new();
+        for context in waiters {
+            let good = *context < MAX_CONTEXTS && seen.insert(context);
+            check(
+                "a context that waits for the page request ring",
+                good,
+                context,
+            )?;
+        }
+        Ok(())
     }
 
     fn word(&self, offset: usize) -> Gpa {

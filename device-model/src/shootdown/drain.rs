@@ -4,33 +4,57 @@ use std::time::Duration;
 
 use extlb_spec::Gpa;
 use extlb_spec::invalidation::wait;
+use serde::{Deserialize, Serialize};
 
 use crate::Device;
-use crate::guard::Drain;
+use crate::guard::{Drain, Guards};
 use crate::ports::Event;
+use crate::state::{StateError, check};
 
 /// A stop that waits longer is worth a line in the log.
 const SLOW: Duration = Duration::from_secs(1);
 
 /// A wait command that is not acknowledged yet.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct Waiting {
     pub(super) flags: u32,
     pub(super) addr: Gpa,
     pub(super) value: u64,
-    /// Present if the command asked for it.
+    /// Present if the command asked for it. Not saved: see [`Waiting::restore`].
+    #[serde(skip)]
     pub(super) drain: Option<Drain>,
+}
+
+impl Waiting {
+    fn begin(flags: u32, addr: Gpa, value: u64, guards: &Guards) -> Self {
+        Self {
+            flags,
+            addr,
+            value,
+            drain: (flags & wait::DRAINED != 0).then(|| guards.begin()),
+        }
+    }
+
+    /// Begins the drain of a wait command that was saved.
+    pub(super) fn restore(&mut self, guards: &Guards) -> Result<(), StateError> {
+        let Self {
+            flags,
+            addr,
+            value,
+            drain: _,
+        } = *self;
+        let aligned = flags & wait::WRITE == 0 || addr.is_aligned(8);
+        check("a wait command", flags & !wait::ALL == 0 && aligned, &self)?;
+        *self = Self::begin(flags, addr, value, guards);
+        Ok(())
+    }
 }
 
 impl Device {
     /// Begins a wait. "Cleared" needs nothing: the commands before it were carried out.
     pub(super) fn begin_wait(&self, flags: u32, addr: Gpa, value: u64) -> Waiting {
-        Waiting {
-            flags,
-            addr,
-            value,
-            drain: (flags & wait::DRAINED != 0).then(|| self.guards.begin()),
-        }
+        Waiting::begin(flags, addr, value, &self.guards)
     }
 
     /// Whether every access that began before the wait has ended, if that was asked for.

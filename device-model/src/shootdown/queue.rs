@@ -10,10 +10,13 @@ use extlb_spec::invalidation::{
 };
 use extlb_spec::page_request::Response;
 use extlb_spec::regs::FatalError;
+use serde::{Deserialize, Serialize};
 
 use super::drain::Waiting;
+use crate::guard::Guards;
 use crate::handshake::before_sleep;
 use crate::ports::BusError;
+use crate::state::{StateError, check};
 use crate::sync::lock;
 use crate::tlb::Scope;
 use crate::{Device, Step};
@@ -22,7 +25,8 @@ use crate::{Device, Step};
 const BURST: usize = 16;
 
 /// The invalidation queue.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(crate) struct CommandQueue {
     base: Gpa,
     entries: u32,
@@ -131,6 +135,35 @@ impl CommandQueue {
             armed: true,
             ..Default::default()
         }
+    }
+
+    /// Believes what was saved, if it is what became of `fresh`. A drain that had begun begins
+    /// again: there is no guard in a new device, so it ends at the first look.
+    pub(crate) fn restore(&mut self, fresh: &Self, guards: &Guards) -> Result<(), StateError> {
+        let Self {
+            base,
+            entries,
+            shadow,
+            context_table,
+            contexts,
+            head: _,
+            armed: _,
+            waiting,
+            wake: _,
+        } = self;
+        let place = (*base, *entries, *shadow, *context_table, *contexts);
+        let same = (fresh.base, fresh.entries, fresh.shadow);
+        let same = place == (same.0, same.1, same.2, fresh.context_table, fresh.contexts);
+        check("the invalidation queue", same, place)?;
+        if let Some(waiting) = waiting {
+            check(
+                "the wait command of a queue that is off",
+                *entries > 0,
+                &waiting,
+            )?;
+            waiting.restore(guards)?;
+        }
+        Ok(())
     }
 
     fn word(&self, offset: usize) -> Gpa {

@@ -45,6 +45,7 @@
 //!
 //! Why no access still uses an entry once the drain is over is written in `guard.rs`.
 
+pub(crate) mod saved;
 pub(crate) mod scope;
 mod sets;
 
@@ -213,6 +214,21 @@ impl Entry {
     }
 }
 
+/// Of the arrays for leaves, and of the walk cache.
+fn geometries(config: &TlbConfig) -> (Vec<Geometry>, Option<Geometry>) {
+    let first = Geometry {
+        sets: config.sets,
+        ways: config.ways,
+    };
+    let split = config.split.iter().flat_map(|s| [s.size_2m, s.size_1g]);
+    let ways = config.walk_cache.min(WALK_CACHE_WAYS);
+    let walk_cache = (ways > 0).then(|| Geometry {
+        sets: config.walk_cache / ways,
+        ways,
+    });
+    (std::iter::once(first).chain(split).collect(), walk_cache)
+}
+
 impl Tlb {
     pub(crate) fn new(config: &TlbConfig) -> Self {
         Self::with_contexts(config, MAX_CONTEXTS as usize)
@@ -220,21 +236,11 @@ impl Tlb {
 
     /// Fewer contexts, for the model checker.
     pub(crate) fn with_contexts(config: &TlbConfig, contexts: usize) -> Self {
-        let first = Geometry {
-            sets: config.sets,
-            ways: config.ways,
-        };
-        let split = config.split.iter().flat_map(|s| [s.size_2m, s.size_1g]);
+        let (arrays, walk_cache) = geometries(config);
         let sets = |geometry| Sets::new(geometry, config.policy);
-        let ways = config.walk_cache.min(WALK_CACHE_WAYS);
         Self {
-            arrays: std::iter::once(first).chain(split).map(sets).collect(),
-            walk_cache: (ways > 0).then(|| {
-                sets(Geometry {
-                    sets: config.walk_cache / ways,
-                    ways,
-                })
-            }),
+            arrays: arrays.into_iter().map(sets).collect(),
+            walk_cache: walk_cache.map(sets),
             generation: (0..contexts).map(|_| AtomicU64::new(0)).collect(),
             fills: AtomicU64::new(0),
             writer: Mutex::new(Writer::new(config.seed)),

@@ -5,9 +5,10 @@ use std::ops::Range;
 use extlb_spec::addr::IOVA_END;
 use extlb_spec::pte::leaf_size;
 use extlb_spec::{Iova, PAGE_SHIFT, PAGE_SIZE};
+use serde::{Deserialize, Serialize};
 
 /// What a removal covers.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Scope {
     /// A half-open range of addresses of a context.
     Range(u32, Range<u64>),

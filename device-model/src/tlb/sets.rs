@@ -6,6 +6,7 @@
 //! holds the lock of the TLB, proved by `&mut Writer`.
 
 use crate::config::{Geometry, Policy};
+use crate::state::{MAX_COUNT, StateError, check};
 use crate::sync::{AtomicU64, Ordering, Pillar, fence, stands};
 
 /// The right to change the array; lives in the TLB's lock.
@@ -20,6 +21,17 @@ impl Writer {
         Self {
             random: seed | 1 << 63,
         }
+    }
+
+    /// As it was saved.
+    pub(super) fn restore(random: u64) -> Result<Self, StateError> {
+        check("the random state of the TLB", random != 0, random)?;
+        Ok(Self { random })
+    }
+
+    pub(super) fn save(&self) -> u64 {
+        let Self { random } = self;
+        *random
     }
 
     fn random(&mut self) -> u64 {
@@ -84,6 +96,70 @@ impl Sets {
             policy,
             words: (0..words).map(|_| AtomicU64::new(0)).collect(),
         }
+    }
+
+    /// All words. The caller holds the lock.
+    pub(super) fn save(&self, _writer: &Writer) -> Vec<u64> {
+        let Self {
+            sets: _,
+            ways: _,
+            policy: _,
+            words,
+        } = self;
+        words.iter().map(|w| w.load(Ordering::Relaxed)).collect()
+    }
+
+    /// An array as it was saved; `good` says whether a line can be in the set with this index.
+    pub(super) fn restore(
+        geometry: Geometry,
+        policy: Policy,
+        words: Vec<u64>,
+        good: impl Fn(&Self, usize, Line) -> bool,
+    ) -> Result<Self, StateError> {
+        let mut array = Self::new(geometry, policy);
+        let size = words.len();
+        check("the size of the TLB", size == array.words.len(), size)?;
+        array.words = words.into_iter().map(AtomicU64::new).collect();
+        let get = |word: &AtomicU64| word.load(Ordering::Relaxed);
+        for index in 0..array.sets {
+            let Set {
+                sequence,
+                order,
+                tags,
+                data,
+                fills,
+                ranks,
+            } = array.set(index);
+            let sequence = get(sequence);
+            let still = sequence % 2 == 0 && sequence < MAX_COUNT;
+            check("the sequence number of a set", still, sequence)?;
+            // Of the other policies the first is a tree, or nothing, and the second not used.
+            if matches!(policy, Policy::Lru | Policy::Fifo) {
+                let newest = get(order);
+                check("the newest rank of a set", newest < MAX_COUNT, newest)?;
+                let rank = ranks.iter().map(get).max().unwrap_or(0);
+                check("a rank of the TLB", rank <= newest, rank)?;
+            }
+            for (way, tag) in tags
+                .iter()
+                .map(get)
+                .enumerate()
+                .filter(|(_, tag)| *tag != 0)
+            {
+                let line = Line {
+                    tag,
+                    data: get(&data[way]),
+                    fill: get(&fills[way]),
+                };
+                let once = tags[..way].iter().all(|other| get(other) != tag);
+                check(
+                    "an entry of the TLB",
+                    once && good(&array, index, line),
+                    line,
+                )?;
+            }
+        }
+        Ok(array)
     }
 
     pub(super) fn len(&self) -> usize {

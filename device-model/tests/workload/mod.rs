@@ -6,13 +6,14 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use extlb_device::config::{Geometry, Policy, Split};
 use extlb_device::ports::{Dma, Event, Interrupts, Ports, Trace};
 use extlb_device::{Config, Step, Totals};
 use extlb_spec::invalidation::{Command, CommandKind, InvalidationScope, wait};
 use extlb_spec::page_request::{PageRequest, RequestKind, Response, flags as request_flags};
 use extlb_spec::pte::Pte;
 use extlb_spec::regs;
-use extlb_spec::work::{Opcode, flags};
+use extlb_spec::work::{Descriptor, Opcode, Segment, flags};
 use extlb_spec::{Gpa, Iova, Vector};
 
 use crate::common::*;
@@ -21,6 +22,9 @@ use crate::common::*;
 const WINDOW: u64 = 0x5000_0000;
 const WINDOW_PAGES: u64 = 24;
 const CONTEXTS: u32 = 4;
+/// Where a process has its lists of segments, and its batches; always mapped.
+const LISTS: u64 = 0x6000_0000;
+const BATCH: u64 = LISTS + 2048;
 
 /// SplitMix64.
 pub struct Random(pub u64);
@@ -76,6 +80,8 @@ pub struct Workload {
     pub diary: Arc<Diary>,
     pub ports: Ports,
     processes: Vec<Process>,
+    /// By context: the page at [`LISTS`].
+    lists: Vec<Gpa>,
     random: Random,
     requests: Vec<PageRequest>,
     bus_master: bool,
@@ -87,15 +93,24 @@ pub fn config(seed: u64) -> Config {
     config.tlb.sets = 4;
     config.tlb.ways = 2;
     config.tlb.seed = seed;
-    config.schedule.quantum = 8192;
+    config.schedule.quantum = 4096;
     config.schedule.chunk = 4096;
     config.poll_us = 50;
     config.oracle.bound_ms = 5;
-    config.tlb.policy = match seed % 3 {
-        0 => extlb_device::config::Policy::Lru,
-        1 => extlb_device::config::Policy::Random,
-        _ => extlb_device::config::Policy::Fifo,
+    config.tlb.walk_cache = 4;
+    config.tlb.policy = match seed % 4 {
+        0 => Policy::Lru,
+        1 => Policy::Random,
+        2 => Policy::Fifo,
+        _ => Policy::Plru,
     };
+    if seed % 8 > 3 {
+        let small = Geometry { sets: 1, ways: 2 };
+        config.tlb.split = Some(Split {
+            size_2m: small,
+            size_1g: small,
+        });
+    }
     config
 }
 
@@ -119,6 +134,7 @@ impl Workload {
             diary,
             ports: kept.unwrap(),
             processes: Vec::new(),
+            lists: vec![Gpa(0); CONTEXTS as usize],
             random: Random(seed),
             requests: Vec::new(),
             bus_master: true,
@@ -140,6 +156,7 @@ impl Workload {
                 process.map_fresh(Iova(WINDOW + page * PAGE), 1);
             }
         }
+        self.lists[context as usize] = process.map_fresh(Iova(LISTS), 1)[0];
         let credits = 1 + self.random.below(3) as u32;
         process.write_entry(&self.guest, |e| e.credits = credits);
         self.guest.sync(context);
@@ -183,6 +200,22 @@ impl Workload {
 
     fn submit(&mut self) {
         let context = self.some();
+        if self.processes[context].ahead() == 1 << RING_LOG2 || self.processes[context].error() != 0
+        {
+            return;
+        }
+        let descriptor = match self.random.below(4) {
+            0 => self.batch(context),
+            1 => self.scattered(context),
+            _ => self.operation(),
+        };
+        let process = &self.processes[context];
+        process.submit(descriptor);
+        process.ring(&self.guest);
+    }
+
+    /// An operation on plain ranges.
+    fn operation(&mut self) -> Descriptor {
         let len = [1, 8, 100, 4096, 5000, 20_000][self.random.below(6) as usize];
         let mut at = || WINDOW + self.random.below((WINDOW_PAGES - 5) * PAGE);
         let (src, dst) = (at(), at());
@@ -192,17 +225,48 @@ impl Workload {
             Opcode::Fill,
             Opcode::Crc32c,
             Opcode::Compare,
-        ][self.random.below(5) as usize];
+            Opcode::FetchAdd,
+            Opcode::CompareSwap,
+            Opcode::Fence,
+        ][self.random.below(8) as usize];
         let mut descriptor = op(opcode, src, dst, len);
+        if matches!(opcode, Opcode::FetchAdd | Opcode::CompareSwap) {
+            (descriptor.dst, descriptor.len) = (dst & !7, 8);
+        }
         descriptor.arg = self.random.next() >> 32;
-        if self.random.below(2) == 0 {
-            descriptor.flags = flags::INTERRUPT;
+        descriptor.flags = [0, flags::INTERRUPT, flags::QUIET][self.random.below(3) as usize];
+        descriptor
+    }
+
+    /// A copy from a list of segments.
+    fn scattered(&mut self, context: usize) -> Descriptor {
+        let segments = 1 + self.random.below(5);
+        let mut len = 0;
+        for n in 0..segments {
+            let segment = Segment {
+                addr: WINDOW + self.random.below((WINDOW_PAGES - 5) * PAGE),
+                len: self.random.below(6000),
+            };
+            len += segment.len;
+            let at = Gpa(self.lists[context].0 + n * Segment::SIZE as u64);
+            self.guest.ram.write(at, &segment.to_bytes()).unwrap();
         }
-        let process = &self.processes[context];
-        if process.ahead() < 1 << RING_LOG2 && process.error() == 0 {
-            process.submit(descriptor);
-            process.ring(&self.guest);
+        let mut descriptor = copy(LISTS, WINDOW + self.random.below(PAGE), len);
+        descriptor.flags = flags::SRC_LIST;
+        descriptor.src_segments = segments as u32;
+        descriptor
+    }
+
+    fn batch(&mut self, context: usize) -> Descriptor {
+        let count = 1 + self.random.below(8);
+        for n in 0..count {
+            let mut descriptor = self.operation();
+            descriptor.completion = self.processes[context].record(120 + n).0;
+            let at = self.lists[context].0 + (BATCH - LISTS) + n * Descriptor::SIZE as u64;
+            let bytes = descriptor.to_bytes();
+            self.guest.ram.write(Gpa(at), &bytes).unwrap();
         }
+        op(Opcode::Batch, BATCH, 0, count)
     }
 
     fn take_requests(&mut self) {
