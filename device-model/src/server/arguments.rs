@@ -104,6 +104,7 @@ impl Arguments {
             once: self.once,
             dma_messages: self.dma_messages,
             unsealed: self.unsealed_memory,
+            patience: None,
         })
     }
 }

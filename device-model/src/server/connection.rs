@@ -1,7 +1,7 @@
 //! A connection: messages with their file descriptors, out of a stream and into it.
 //!
 //! A client may be silent for as long as it likes between two messages. Once a message has begun,
-//! the rest must come within [`PATIENCE`], and so must room for what is sent: a client that stalls
+//! the rest must come within a time, and so must room for what is sent: a client that stalls
 //! loses its session, and memory is never what bounds it.
 
 use std::io::{self, IoSliceMut};
@@ -21,7 +21,7 @@ use super::protocol::{Header, MAX_FDS, MAX_MESSAGE};
 use crate::sync::lock;
 
 /// How long the rest of a message may take, the first message of a client, and room for a reply.
-pub(super) const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(10);
 /// File descriptors that the kernel lets one message carry (SCM_MAX_FD): all are received, so that
 /// all are closed.
 const KERNEL_MAX_FDS: usize = 253;
@@ -65,10 +65,10 @@ pub(super) enum Broken {
     #[error("the client went away in the middle of a message")]
     Truncated,
     /// It does not send the rest.
-    #[error("the client sent a part of a message, and not the rest within {} s", PATIENCE.as_secs())]
+    #[error("the client sent a part of a message, and not the rest in time")]
     Stalled,
     /// It has not sent the first message.
-    #[error("the client did not say its version within {} s", PATIENCE.as_secs())]
+    #[error("the client did not say its version in time")]
     Silent,
     /// It does not take what is sent.
     #[error("the client does not read what is sent to it")]
@@ -93,15 +93,20 @@ pub(super) struct Connection {
     stream: UnixStream,
     /// Messages are sent whole.
     sending: Mutex<()>,
+    patience: Duration,
 }
 
 /// Until when to wait; `None`: for ever.
 type Until = Option<Instant>;
 
 impl Connection {
-    pub(super) fn new(stream: UnixStream) -> Self {
-        let sending = Mutex::new(());
-        Self { stream, sending }
+    /// `patience`: how long a client may stall; 10 s, if it is not said.
+    pub(super) fn new(stream: UnixStream, patience: Option<Duration>) -> Self {
+        Self {
+            stream,
+            sending: Mutex::new(()),
+            patience: patience.unwrap_or(PATIENCE),
+        }
     }
 
     /// Ends both directions: whoever receives finds the end of the stream.
@@ -110,7 +115,7 @@ impl Connection {
     }
 
     /// Receives the next message; `None`: the client has left. The first one of a client must
-    /// begin within [`PATIENCE`].
+    /// begin in time.
     pub(super) fn receive(&self, first: bool) -> Result<Option<Message>, Broken> {
         let mut bytes = [0; Header::SIZE];
         let mut message = Message {
@@ -119,7 +124,7 @@ impl Connection {
             fds: Vec::new(),
             fds_lost: None,
         };
-        let begin = first.then(|| Instant::now() + PATIENCE);
+        let begin = first.then(|| Instant::now() + self.patience);
         let begun = match self.receive_some(&mut bytes, &mut message, begin) {
             Err(Broken::Stalled) => return Err(Broken::Silent),
             other => other?,
@@ -127,7 +132,7 @@ impl Connection {
         if begun == 0 {
             return Ok(None);
         }
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + self.patience;
         self.fill(&mut bytes[begun..], &mut message, end)?;
         message.header = Header::parse(&bytes);
         let Some(len) = message.header.body_len(MAX_MESSAGE) else {
@@ -223,7 +228,7 @@ impl Connection {
     /// Sends a message. After an error the connection is useless, and ended.
     pub(super) fn send(&self, mut message: &[u8]) -> Result<(), Broken> {
         let _turn = lock(&self.sending);
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + self.patience;
         let sent = loop {
             if message.is_empty() {
                 break Ok(());

@@ -29,6 +29,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 use crate::config::{Config, ConfigError};
 use crate::record::RecordError;
@@ -63,6 +64,9 @@ pub struct Options {
     pub dma_messages: DmaMessages,
     /// What to do with memory in files that may shrink.
     pub unsealed: Unsealed,
+    /// How long a client may take for its first message, for the rest of one that has begun, and
+    /// to make room for a reply; 10 s, if it is not said.
+    pub patience: Option<Duration>,
 }
 
 /// Why there is nothing to connect to.
@@ -233,7 +237,7 @@ impl Server {
         let name = &place.name;
         while let Some(stream) = place.listener.accept().map_err(Error::Accept)? {
             let report = place.report.clone();
-            let link = Link::new(stream, name, report.clone(), self.options.dma_messages);
+            let link = Link::new(stream, name, report.clone(), &self.options);
             let mut session = Session::new(&self.options, report, &link, self.record()?)?;
             let transport = VfioUser(link);
             // On a thread of its own: nothing that a client sends is known to make it panic; if

@@ -6,9 +6,10 @@ use std::sync::{Arc, OnceLock};
 
 use nix::errno::Errno;
 
+use super::Options;
 use super::connection::{Broken, Connection, Message};
 use super::dispatch::Dispatcher;
-use super::dma::{DmaMessages, Questions, this_thread_serves};
+use super::dma::{Questions, this_thread_serves};
 use super::inbox::Inbox;
 use super::protocol::{command, error_reply};
 use super::report::Report;
@@ -40,11 +41,11 @@ impl Link {
         stream: UnixStream,
         name: &str,
         report: Arc<Report>,
-        dma: DmaMessages,
+        options: &Options,
     ) -> Arc<Self> {
         Arc::new(Self {
-            connection: Connection::new(stream),
-            questions: Questions::new(dma),
+            connection: Connection::new(stream, options.patience),
+            questions: Questions::new(options.dma_messages),
             name: name.to_owned(),
             report,
             failed: OnceLock::new(),

@@ -1,9 +1,8 @@
 //! The client's half of the vfio-user protocol 0.1, as much of it as a driver needs.
 //!
-//! Why not the client of the crate `vfio_user` 0.1.7: it takes a refusal for success (also of a
-//! reset or an unmap, on which memory safety rests), or waits for the rest of one for ever; it has
-//! no time limit, does not check what a reply answers, panics on a length that makes no sense, and
-//! cannot post a write.
+//! It is its own rather than one of a crate's: memory safety rests on what a reset or an unmap is
+//! answered, so a refusal must be one, an answer must be to what was asked, and neither may be
+//! waited for without end.
 
 use std::io::{IoSlice, Read};
 use std::net::Shutdown;
@@ -240,8 +239,8 @@ impl Client {
                 return Err(self.die(Errno::EPROTO));
             }
             if found != id {
-                // A posted write that was refused is answered all the same. It is lost, as on a
-                // bus. Anything else answers nothing that was asked.
+                // Some servers answer a posted write that they refuse. It is lost, as on a bus.
+                // Anything else answers nothing that was asked.
                 if flags & ERROR != 0 && number == REGION_WRITE.0 {
                     continue;
                 }

@@ -1,0 +1,126 @@
+//! The server as a program: inherited sockets, service managers, exit codes, and its end.
+
+mod wire;
+
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::time::Duration;
+
+use extlb_spec::{BAR_REGS, regs};
+use wire::client::{Client, QEMU, VERSION, message, version_body};
+use wire::eventually;
+
+const BINARY: &str = env!("CARGO_BIN_EXE_extlb-device");
+
+fn start(arguments: &[&str], stdin: OwnedFd) -> Child {
+    let mut command = Command::new(BINARY);
+    command.args(arguments).stdin(stdin).stdout(Stdio::null());
+    command.spawn().expect("starts")
+}
+
+/// Waits for its end.
+fn end(mut child: Child) -> ExitStatus {
+    eventually("it ends", || child.try_wait().expect("waited").is_some());
+    child.wait().expect("waited")
+}
+
+fn is_served(mut client: Client) {
+    client.greet();
+    let mut id = [0; 4];
+    client
+        .region_read(BAR_REGS.into(), 0, &mut id)
+        .expect("read");
+    assert_eq!(u32::from_le_bytes(id), regs::ID_VALUE);
+}
+
+fn listener(path: &Path) -> OwnedFd {
+    UnixListener::bind(path).expect("bound").into()
+}
+
+#[test]
+fn an_inherited_socket_that_listens_and_one_that_is_connected_are_served() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("s");
+    let child = start(&["--fd", "0", "--once"], listener(&path));
+    is_served(Client::silent(&path));
+    assert!(end(child).success());
+    assert!(path.exists(), "it is not the server's to remove");
+    let (ours, theirs) = UnixStream::pair().expect("a pair");
+    // Without --once: there is no other client.
+    let child = start(&["--fd", "0"], theirs.into());
+    is_served(Client::on(ours));
+    assert!(end(child).success());
+}
+
+#[test]
+fn sockets_of_a_service_manager_are_served() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("s");
+    let script = "LISTEN_PID=$$ LISTEN_FDS=1 exec \"$0\" --once 3<&0 </dev/null";
+    let child = Command::new("sh")
+        .args(["-c", script, BINARY])
+        .stdin(listener(&path))
+        .stdout(Stdio::null())
+        .spawn()
+        .expect("starts");
+    is_served(Client::silent(&path));
+    assert!(end(child).success());
+}
+
+fn run(arguments: &[&str]) -> Output {
+    let mut command = Command::new(BINARY);
+    command.args(arguments).stdin(Stdio::null());
+    command.output().expect("runs")
+}
+
+#[test]
+fn what_cannot_be_served_is_said() {
+    for (arguments, code, says) in [
+        (&[][..], 1, "--socket-path"),
+        (&["--fd", "99"], 1, "file descriptor 99"),
+        (&["--fd", "0"], 1, "file descriptor 0"),
+        (&["--fd", "2"], 1, "file descriptor 2"),
+        (&["--fd", "x"], 2, "--fd"),
+        (
+            &["--socket-path", "/no/such/folder/s"],
+            1,
+            "/no/such/folder/s",
+        ),
+        (
+            &["--socket-path", "s", "--config", "/no/such/file"],
+            1,
+            "/no/such/file",
+        ),
+        (&["--dma-messages", "maybe"], 2, "standard"),
+    ] {
+        let output = run(arguments);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {said}");
+        assert!(said.contains(says), "{arguments:?}: {said}");
+    }
+    let output = run(&[
+        "--socket-path",
+        "a",
+        "--socket-path",
+        "b",
+        "--print-qemu-args",
+    ]);
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(said.lines().count(), 2, "{said}");
+}
+
+#[test]
+fn a_signal_ends_it_whatever_its_client_is_at() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("s");
+    let child = start(&["--fd", "0"], listener(&path));
+    let mut client = Client::silent(&path);
+    let half = message(1, VERSION, 0, &version_body(0, QEMU));
+    client.send_bytes(&half[..20], &[]).expect("sent");
+    std::thread::sleep(Duration::from_millis(50));
+    let pid = nix::unistd::Pid::from_raw(child.id() as i32);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).expect("sent");
+    assert_eq!(end(child).code(), None);
+}
