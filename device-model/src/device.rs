@@ -284,7 +284,14 @@ impl Device {
     }
 
     /// Back to the state after power-on, except for the bus-master bit, which PCI owns. When it
-    /// returns no access is under way, and none follows until the device is enabled again.
+    /// returns no access is under way, and none follows until the device is enabled again; no
+    /// interrupt follows either. What was under way has ended without a completion; a completion
+    /// that was written is whole, and was written once.
+    ///
+    /// It waits for accesses that are under way; see [`Device::quiesce`] for how long. A function
+    /// of a real bus has 100 ms for this and may leave requests unanswered; here the memory is
+    /// written by the processor that runs this program, an access cannot be called back, and
+    /// silence is what the reset is for. So it waits, and the log says so when it takes long.
     pub fn reset(&self) {
         self.reset_locked(&mut lock(&self.registers));
     }

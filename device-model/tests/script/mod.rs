@@ -1,6 +1,8 @@
 //! A script of work that uses all of the device: programs that submit, and a kernel that serves
 //! page requests and shoots pages down in between.
 
+use std::collections::BTreeMap;
+
 use crate::common::{self, Guest, PAGE, PRQ_LOG2, Process, copy, op};
 use extlb_device::ports::Dma;
 use extlb_device::{Config, Step};
@@ -13,6 +15,8 @@ const SRC: u64 = 0x5555_0000_0000;
 const DST: u64 = 0x5555_1000_0000;
 /// Whatever is asked for here is refused.
 const REFUSED: u64 = 0x5555_2000_0000;
+/// The word of atomic operations.
+const WORD: u64 = DST + 5 * PAGE + 64;
 /// Mapped to where no RAM is.
 const NOWHERE: u64 = 0x5555_3000_0000;
 
@@ -28,6 +32,9 @@ pub fn config() -> Config {
 struct Program {
     process: Process,
     work: Vec<(Descriptor, Status)>,
+    /// Bytes and result of each, and the memory in the end.
+    want: Vec<(u64, u64)>,
+    memory: Simulation,
     /// Frames behind SRC and DST, in order, as they were mapped.
     frames: Vec<(u64, Gpa)>,
 }
@@ -41,8 +48,99 @@ pub struct Script {
     idle: u32,
 }
 
+/// What a page has in it when it is mapped: the sources something, the others nothing.
 fn byte(at: u64) -> u8 {
-    (at.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8
+    match at < DST {
+        true => (at.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8,
+        false => 0,
+    }
+}
+
+/// An atomic operation on a word of its own.
+fn word(opcode: Opcode, src: u64, arg: u64) -> Descriptor {
+    Descriptor {
+        arg,
+        ..op(opcode, src, WORD, 8)
+    }
+}
+
+/// What the device's memory is, and how operations end, by carrying them out one after the other.
+#[derive(Default)]
+struct Simulation {
+    written: BTreeMap<u64, u8>,
+    failed: u64,
+}
+
+impl Simulation {
+    fn at(&self, addr: u64) -> u8 {
+        self.written.get(&addr).copied().unwrap_or(byte(addr))
+    }
+
+    fn bytes(&self, addr: u64, len: u64) -> Vec<u8> {
+        (addr..addr + len).map(|at| self.at(at)).collect()
+    }
+
+    fn page(&self, page: u64) -> Vec<u8> {
+        let mut bytes = contents(page);
+        for (addr, byte) in self.written.range(page..page + PAGE) {
+            bytes[(addr - page) as usize] = *byte;
+        }
+        bytes
+    }
+
+    fn write(&mut self, addr: u64, bytes: &[u8]) {
+        self.written.extend((addr..).zip(bytes.iter().copied()));
+    }
+
+    /// Carries out an operation that ends with this status; its bytes and its result.
+    fn run(&mut self, d: &Descriptor, status: Status) -> (u64, u64) {
+        let failed = self.failed;
+        let opcode = Opcode::from_raw(d.opcode);
+        self.failed = match opcode {
+            Some(Opcode::Fence) => 0,
+            _ => failed + u64::from(status != Status::Success),
+        };
+        match (opcode, status) {
+            (Some(Opcode::Fence), _) => return (0, failed),
+            (Some(Opcode::Compare), Status::Mismatch) => {
+                let (a, b) = (self.bytes(d.src, d.len), self.bytes(d.dst, d.len));
+                let first = (0..d.len).find(|i| a[*i as usize] != b[*i as usize]);
+                let first = first.expect("they differ");
+                return (first, first);
+            }
+            (Some(opcode), Status::Success) => {
+                let result = match opcode {
+                    Opcode::Copy => {
+                        let bytes = self.bytes(d.src, d.len);
+                        self.write(d.dst, &bytes);
+                        0
+                    }
+                    Opcode::Fill => {
+                        let pattern = d.arg.to_le_bytes().into_iter().cycle();
+                        let bytes: Vec<u8> = pattern.take(d.len as usize).collect();
+                        self.write(d.dst, &bytes);
+                        0
+                    }
+                    Opcode::Crc32c => crc32c::crc32c(&self.bytes(d.src, d.len)).into(),
+                    Opcode::FetchAdd | Opcode::CompareSwap => {
+                        let bytes = self.bytes(d.dst, 8).try_into().expect("8 bytes");
+                        let old = u64::from_le_bytes(bytes);
+                        let new = match opcode {
+                            Opcode::FetchAdd => old + d.arg,
+                            _ if old == d.arg => d.src,
+                            _ => old,
+                        };
+                        self.write(d.dst, &new.to_le_bytes());
+                        old
+                    }
+                    _ => 0,
+                };
+                return (d.len, result);
+            }
+            _ => {}
+        }
+        (0, 0)
+    }
 }
 
 fn contents(addr: u64) -> Vec<u8> {
@@ -67,7 +165,7 @@ impl Script {
         let ok = Status::Success;
         let crc = Descriptor {
             flags: flags::INTERRUPT,
-            ..op(Opcode::Crc32c, DST + 70, 0, PAGE)
+            ..op(Opcode::Crc32c, DST + PAGE - 40, 0, 200)
         };
         let bad = Descriptor {
             opcode: 255,
@@ -77,11 +175,25 @@ impl Script {
             guest,
             1,
             &[
-                (copy(SRC + 100, DST + 70, PAGE + 10), ok),
-                (op(Opcode::Compare, SRC + 100, DST + 70, PAGE + 10), ok),
+                (copy(SRC + PAGE - 70, DST + PAGE - 40, 200), ok),
+                (
+                    op(Opcode::Compare, SRC + PAGE - 70, DST + PAGE - 40, 200),
+                    ok,
+                ),
                 (crc, ok),
                 (op(Opcode::Fill, 0, REFUSED + 8, 8), Status::PageFault),
-                (op(Opcode::Compare, SRC, DST + 70, 64), Status::Mismatch),
+                (
+                    op(Opcode::Compare, SRC, DST + PAGE - 40, 64),
+                    Status::Mismatch,
+                ),
+                (op(Opcode::Fence, 0, 0, 0), Status::EarlierFailed),
+                (word(Opcode::FetchAdd, 0, 5), ok),
+                (word(Opcode::FetchAdd, 0, 6), ok),
+                (word(Opcode::CompareSwap, 99, 11), ok),
+                (word(Opcode::CompareSwap, 77, 11), ok),
+                // Overlapping, so that it goes from the end down.
+                (copy(DST + PAGE - 60, DST + PAGE - 30, 300), ok),
+                (op(Opcode::Fence, 0, 0, 0), ok),
                 (Descriptor::default(), ok),
             ],
         );
@@ -94,7 +206,7 @@ impl Script {
                 (
                     Descriptor {
                         arg: 0x0102_0304_0506_0708,
-                        ..op(Opcode::Fill, 0, DST + 1, 2 * PAGE)
+                        ..op(Opcode::Fill, 0, DST + PAGE - 13, 100)
                     },
                     ok,
                 ),
@@ -120,9 +232,13 @@ impl Script {
     fn program(&mut self, guest: &Guest, context: u32, work: &[(Descriptor, Status)]) {
         let process = guest.process(context);
         process.map(Iova(NOWHERE), Gpa(common::RAM as u64), true);
+        let mut memory = Simulation::default();
+        let want = work.iter().map(|(d, status)| memory.run(d, *status));
         self.programs.push(Program {
             process,
             work: work.to_vec(),
+            want: want.collect(),
+            memory,
             frames: Vec::new(),
         });
     }
@@ -179,11 +295,7 @@ impl Script {
                 let known = program.frames.iter().any(|(at, _)| *at == request.iova);
                 if !known {
                     let frame = guest.pages.take();
-                    let fill = match request.iova < DST {
-                        true => contents(request.iova),
-                        false => vec![0; PAGE as usize],
-                    };
-                    guest.ram.write(frame, &fill).unwrap();
+                    guest.ram.write(frame, &contents(request.iova)).unwrap();
                     program.process.map(Iova(request.iova), frame, true);
                     program.frames.push((request.iova, frame));
                 }
@@ -239,21 +351,9 @@ impl Script {
                     continue;
                 }
                 assert_eq!(Status::from_raw(done.status), Some(*status), "{what}: {n}");
+                assert_eq!((done.bytes, done.result), program.want[n], "{what}: {n}");
                 match status {
-                    Status::Success if descriptor.opcode == Opcode::Crc32c as u8 => {
-                        let from = match descriptor.src {
-                            at if at < DST => at,
-                            at => at - DST - 70 + SRC + 100,
-                        };
-                        let data: Vec<u8> = (from..from + descriptor.len).map(byte).collect();
-                        assert_eq!(done.result, u64::from(crc32c::crc32c(&data)), "{what}");
-                        assert_eq!(done.bytes, descriptor.len);
-                    }
-                    Status::Success => assert_eq!(done.bytes, descriptor.len, "{what}: {n}"),
-                    Status::PageFault => {
-                        assert_eq!(done.fault_addr, descriptor.dst, "{what}: {n}");
-                        assert_eq!(done.bytes, 0, "{what}: {n}");
-                    }
+                    Status::PageFault => assert_eq!(done.fault_addr, descriptor.dst, "{what}"),
                     Status::BusError => assert_eq!(done.fault_addr, NOWHERE, "{what}"),
                     _ => {}
                 }
@@ -272,29 +372,9 @@ impl Script {
         );
         assert_eq!(guest.fatal(), 0, "{what}");
         for program in &self.programs {
-            for (descriptor, status) in &program.work {
-                let kind = Opcode::from_raw(descriptor.opcode);
-                let wrote = matches!(kind, Some(Opcode::Copy | Opcode::Fill));
-                if !wrote || *status != Status::Success {
-                    continue;
-                }
-                for i in 0..descriptor.len {
-                    let at = descriptor.dst + i;
-                    let page = at & !(PAGE - 1);
-                    let (_, frame) = program
-                        .frames
-                        .iter()
-                        .find(|(iova, _)| *iova == page)
-                        .expect("was asked for");
-                    let at = Gpa(frame.0 + at % PAGE);
-                    let want = match kind {
-                        Some(Opcode::Copy) => byte(descriptor.src + i),
-                        _ => descriptor.arg.to_le_bytes()[i as usize % 8],
-                    };
-                    let mut found = [0];
-                    guest.ram.read(at, &mut found).unwrap();
-                    assert_eq!(found[0], want, "{what}: byte {i}");
-                }
+            for (page, frame) in &program.frames {
+                let found = guest.bytes(*frame, PAGE as usize);
+                assert!(found == program.memory.page(*page), "{what}: {page:#x}");
             }
         }
     }
