@@ -56,7 +56,7 @@ fn a_ring_that_loses_requests_is_as_long_as_any_other() {
     let guest = Guest::faulty(&["lose-request,every=5"]);
     let entries = 1 << PRQ_LOG2;
     // Rounds of as many contexts as there is room for: nothing but what is lost is missing.
-    for round in 0..6u32 {
+    for round in 0..14u32 {
         let contexts = (0..entries).map(|i| round * entries / 2 + i % (entries / 2));
         let contexts: std::collections::BTreeSet<u32> = contexts.collect();
         let processes: Vec<_> = contexts
@@ -79,7 +79,8 @@ fn a_ring_that_loses_requests_is_as_long_as_any_other() {
         }
         guest.run();
     }
-    assert!(guest.injections().len() >= 9);
+    // More were lost than it has entries: none of them takes room for ever.
+    assert!(guest.injections().len() > entries as usize);
     assert_eq!(guest.fatal(), 0);
 }
 
