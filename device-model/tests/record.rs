@@ -252,7 +252,7 @@ fn the_listing_names_registers_commands_and_places() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 16, ..Default::default() })]
+    #![proptest_config(ProptestConfig { cases: 8, ..Default::default() })]
 
     #[test]
     fn a_recorded_run_is_replayed_to_the_same_end(seed: u64) {

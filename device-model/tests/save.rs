@@ -90,7 +90,7 @@ fn assert_same(uninterrupted: &Outcome, restored: &Outcome) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 8, ..Default::default() })]
+    #![proptest_config(ProptestConfig { cases: 4, ..Default::default() })]
 
     #[test]
     fn a_restored_device_finishes_as_if_nothing_had_happened(

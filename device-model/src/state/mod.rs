@@ -27,6 +27,9 @@ mod file;
 mod held;
 mod restore;
 
+#[cfg(test)]
+mod tests;
+
 use std::io;
 use std::time::Duration;
 
