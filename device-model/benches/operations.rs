@@ -1,0 +1,123 @@
+//! Throughput of operations in process, with one engine that this thread steps:
+//! `cargo bench -p extlb-device --bench operations`.
+//!
+//! Times are of the processor, and of the device alone: descriptors are written before the clock runs. Copies are
+//! compared with one plain copy (memcpy) of the same bytes of the same memory.
+
+mod rig;
+
+use std::time::Duration;
+
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use extlb_device::ports::Dma;
+use extlb_spec::work::{Descriptor, Opcode, flags};
+use extlb_spec::{Gpa, PAGE_SIZE};
+use rig::{RING, Rig, config, timed};
+
+const SRC: u64 = 0x1000_0000_0000;
+const DST: u64 = 0x2000_0000_0000;
+const LEAF: u64 = 2 << 20;
+
+fn op(opcode: Opcode, src: u64, dst: u64, len: u64) -> Descriptor {
+    Descriptor {
+        opcode: opcode as u8,
+        src,
+        dst,
+        len,
+        ..Default::default()
+    }
+}
+
+/// Copies of 32 MiB, which no second-level cache holds.
+fn copies(c: &mut Criterion) {
+    const LEN: u64 = 16 * LEAF;
+    let mut rig = Rig::new(config(), 256 << 20);
+    let mut program = rig.program(1);
+    let (src, dst) = (rig.pages(LEN, LEAF), rig.pages(LEN, LEAF));
+    for i in 0..LEN / LEAF {
+        rig.map(&program, SRC + i * LEAF, Gpa(src.0 + i * LEAF), 2);
+        rig.map(&program, DST + i * LEAF, Gpa(dst.0 + i * LEAF), 2);
+    }
+    // The same memory once more, its pages in disorder.
+    const SCATTERED: u64 = 1 << 40;
+    let pages = LEN / PAGE_SIZE;
+    let place = |i: u64| (i * 4099 % pages) * PAGE_SIZE;
+    for i in 0..pages {
+        let at = SCATTERED + i * PAGE_SIZE;
+        rig.map(&program, SRC + at, Gpa(src.0 + place(i)), 1);
+        rig.map(&program, DST + at, Gpa(dst.0 + place(i + 7)), 1);
+    }
+    let mut group = c.benchmark_group("copy of 32 MiB");
+    group.throughput(Throughput::Bytes(LEN));
+    group.sample_size(20);
+    group.bench_function("memcpy", |b| {
+        b.iter_custom(|count| {
+            timed(|| {
+                for _ in 0..count {
+                    rig.ram.copy(src, dst, LEN as usize).expect("RAM");
+                }
+            })
+        });
+    });
+    let mut bench = |name: &str, descriptor: Descriptor| {
+        group.bench_function(name, |b| {
+            b.iter_custom(|count| {
+                let mut time = Duration::ZERO;
+                for _ in 0..count {
+                    rig.submit(&mut program, 1, |_| descriptor);
+                    time += rig.finish(&program);
+                }
+                time
+            });
+        });
+    };
+    bench("leaves of 2 MiB", op(Opcode::Copy, SRC, DST, LEN));
+    let scattered = op(Opcode::Copy, SRC + SCATTERED, DST + SCATTERED, LEN);
+    bench("scattered 4 KiB pages", scattered);
+    bench("CRC32C, leaves of 2 MiB", op(Opcode::Crc32c, SRC, 0, LEN));
+}
+
+/// Operations of no or of few bytes, a ring full at a time.
+fn small(c: &mut Criterion) {
+    let mut rig = Rig::new(config(), 64 << 20);
+    let mut program = rig.program(1);
+    const PAGES: u64 = 64;
+    for i in 0..PAGES {
+        let (a, b) = (rig.page(), rig.page());
+        rig.map(&program, SRC + i * PAGE_SIZE, a, 1);
+        rig.map(&program, DST + i * PAGE_SIZE, b, 1);
+    }
+    let mut group = c.benchmark_group("operations");
+    group.throughput(Throughput::Elements(RING.into()));
+    let at = |i: u32| u64::from(i) * 4032 % (PAGES * PAGE_SIZE - 64);
+    let copy = move |i: u32| op(Opcode::Copy, SRC + at(i), DST + at(i) / 64 * 64, 64);
+    let quiet = move |i: u32| Descriptor {
+        flags: if (i + 1) % RING == 0 { 0 } else { flags::QUIET },
+        ..copy(i)
+    };
+    let add = move |i: u32| op(Opcode::FetchAdd, 0, DST + at(i) / 8 * 8, 8);
+    let crc = move |i: u32| op(Opcode::Crc32c, SRC + at(i), 0, 64);
+    type Next<'a> = &'a dyn Fn(u32) -> Descriptor;
+    let kinds: [(&str, Next<'_>); 5] = [
+        ("nop", &|_| Descriptor::default()),
+        ("copy of 64 bytes", &copy),
+        ("copy of 64 bytes, quiet", &quiet),
+        ("fetch-add", &add),
+        ("CRC32C of 64 bytes", &crc),
+    ];
+    for (name, next) in kinds {
+        group.bench_function(name, |b| {
+            b.iter_custom(|count| {
+                let mut time = Duration::ZERO;
+                for _ in 0..count {
+                    rig.submit(&mut program, RING, next);
+                    time += rig.finish(&program);
+                }
+                time
+            });
+        });
+    }
+}
+
+criterion_group!(benches, copies, small);
+criterion_main!(benches);
