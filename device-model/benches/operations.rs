@@ -2,14 +2,13 @@
 //! `cargo bench -p extlb-device --bench operations`.
 //!
 //! Times are of the processor, and of the device alone: descriptors are written before the clock runs. Copies are
-//! compared with one plain copy (memcpy) of the same bytes of the same memory.
+//! to be compared with plain ones (memcpy).
 
 mod rig;
 
 use std::time::Duration;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use extlb_device::ports::Dma;
 use extlb_spec::work::{Descriptor, Opcode, flags};
 use extlb_spec::{Gpa, PAGE_SIZE};
 use rig::{RING, Rig, config, timed};
@@ -28,10 +27,49 @@ fn op(opcode: Opcode, src: u64, dst: u64, len: u64) -> Descriptor {
     }
 }
 
+const LEN: u64 = 16 * LEAF;
+
 /// Copies of 32 MiB, which no second-level cache holds.
 fn copies(c: &mut Criterion) {
-    const LEN: u64 = 16 * LEAF;
-    let mut rig = Rig::new(config(), 256 << 20);
+    plain(c);
+    // The default, and what drains would have to wait longer for.
+    for chunk in [32 << 10, 256 << 10, 2 << 20] {
+        by_device(c, chunk);
+    }
+}
+
+/// What the processor does by itself: 2 MiB at a time, and pages in disorder.
+fn plain(c: &mut Criterion) {
+    let mut group = c.benchmark_group("copy of 32 MiB by memcpy");
+    group.throughput(Throughput::Bytes(LEN));
+    group.sample_size(20);
+    let src = vec![1u8; LEN as usize];
+    let mut dst = vec![2u8; LEN as usize];
+    let mut bench = |name: &str, piece: usize, step: usize| {
+        let pieces = LEN as usize / piece;
+        group.bench_function(name, |b| {
+            b.iter_custom(|count| {
+                timed(|| {
+                    for i in 0..count as usize * pieces {
+                        let from = i * step % pieces * piece;
+                        let to = (i + 7) * step % pieces * piece;
+                        let from = &std::hint::black_box(&src)[from..from + piece];
+                        dst[to..to + piece].copy_from_slice(from);
+                    }
+                })
+            });
+        });
+    };
+    bench("in one piece", LEN as usize, 1);
+    bench("2 MiB at a time", LEAF as usize, 1);
+    bench("scattered 4 KiB pages", PAGE_SIZE as usize, 4099);
+}
+
+fn by_device(c: &mut Criterion, chunk: u32) {
+    let mut config = config();
+    config.schedule.chunk = chunk;
+    config.schedule.quantum = config.schedule.quantum.max(chunk);
+    let mut rig = Rig::new(config, 256 << 20);
     let mut program = rig.program(1);
     let (src, dst) = (rig.pages(LEN, LEAF), rig.pages(LEN, LEAF));
     for i in 0..LEN / LEAF {
@@ -47,18 +85,10 @@ fn copies(c: &mut Criterion) {
         rig.map(&program, SRC + at, Gpa(src.0 + place(i)), 1);
         rig.map(&program, DST + at, Gpa(dst.0 + place(i + 7)), 1);
     }
-    let mut group = c.benchmark_group("copy of 32 MiB");
+    let name = format!("copy of 32 MiB in chunks of {} KiB", chunk >> 10);
+    let mut group = c.benchmark_group(name);
     group.throughput(Throughput::Bytes(LEN));
     group.sample_size(20);
-    group.bench_function("memcpy", |b| {
-        b.iter_custom(|count| {
-            timed(|| {
-                for _ in 0..count {
-                    rig.ram.copy(src, dst, LEN as usize).expect("RAM");
-                }
-            })
-        });
-    });
     let mut bench = |name: &str, descriptor: Descriptor| {
         group.bench_function(name, |b| {
             b.iter_custom(|count| {

@@ -88,7 +88,9 @@ macro_rules! int {
         impl Member for $t {
             const ELEMENT: usize = size_of::<$t>();
             fn get(bytes: &[u8]) -> Self {
-                bytes.iter().rev().fold(0u64, |acc, b| acc << 8 | u64::from(*b)) as $t
+                let mut raw = [0; size_of::<$t>()];
+                raw.copy_from_slice(bytes);
+                <$t>::from_le_bytes(raw)
             }
             fn put(self, bytes: &mut [u8]) {
                 bytes.copy_from_slice(&self.to_le_bytes());

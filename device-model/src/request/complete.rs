@@ -2,7 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
-use extlb_spec::work::{Completion, Opcode, Status, flags};
+use extlb_spec::work::{Completion, Opcode, Status, flags as flag};
 use extlb_spec::{Iova, Vector};
 
 use super::doorbell::word;
@@ -17,11 +17,15 @@ const _: () = assert!(std::mem::offset_of!(Completion, status) == 0);
 impl Device {
     /// Writes the record of the operation that has ended, and retires it.
     pub(super) fn complete(&self, access: &Access<'_>, work: &mut Work) -> Result<(), Halt> {
-        let Some((op, record)) = work.operation.and_then(|op| Some((op, op.outcome?))) else {
+        let Some(op) = &work.operation else {
             return Ok(());
         };
+        let Some(record) = op.outcome else {
+            return Ok(());
+        };
+        let (opcode, flags) = (op.opcode, op.descriptor.flags);
         let success = record.status == Status::Success as u32;
-        if !success || op.descriptor.flags & flags::QUIET == 0 {
+        if !success || flags & flag::QUIET == 0 {
             let page = access.page(Iova(op.descriptor.completion), true, 1)?;
             page.write_at(AFTER_STATUS as u64, &record.to_bytes()[AFTER_STATUS..])?;
             // Last, and after all data of the operation: this is what the program waits for.
@@ -34,11 +38,11 @@ impl Device {
             false => &self.counters.ops_faulted,
         };
         ended.add(1);
-        if op.descriptor.flags & flags::INTERRUPT != 0 {
+        if flags & flag::INTERRUPT != 0 {
             work.event_seq = work.event_seq.wrapping_add(1);
         }
-        let alarm = op.opcode == Opcode::Fence && record.status == Status::EarlierFailed as u32;
-        match op.opcode {
+        let alarm = opcode == Opcode::Fence && record.status == Status::EarlierFailed as u32;
+        match opcode {
             // It told, and did not fail itself.
             Opcode::Fence if success || alarm => work.failed = 0,
             _ => work.failed += u64::from(!success),

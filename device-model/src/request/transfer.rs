@@ -9,6 +9,8 @@ use super::{Access, Halt, STEP};
 use crate::Device;
 
 const CHUNK: usize = PAGE_SIZE as usize;
+/// For so many bytes no whole page is cleared first to read them into.
+const SMALL: usize = 256;
 
 /// How far the lists of an operation got.
 enum Lists {
@@ -108,16 +110,25 @@ fn move_piece(access: &Access<'_>, op: &mut Operation, limit: u64) -> Result<(),
             let len = of(&op.dst).min(to.rest());
             let (arg, done) = (op.descriptor.arg, op.done);
             by_pages(op, (dst, dst), len, |_, offset, len| {
-                let bytes = pattern(arg, done + offset);
-                to.within(offset).write(&bytes[..len])
+                let mut bytes = [0; CHUNK];
+                let bytes = &mut bytes[..len];
+                pattern(arg, done + offset, bytes);
+                to.within(offset).write(bytes)
             })
         }
         Opcode::Crc32c => {
             let (src, _) = op.piece(0);
             let from = access.page(src, false, pages(src, op.src.left))?;
             let len = of(&op.src).min(from.rest());
+            let (mut small, mut large);
+            let bytes: &mut [u8] = if len <= SMALL as u64 {
+                small = [0; SMALL];
+                &mut small
+            } else {
+                large = [0; CHUNK];
+                &mut large
+            };
             by_pages(op, (src, src), len, |op, offset, len| {
-                let mut bytes = [0; CHUNK];
                 from.within(offset).read(&mut bytes[..len])?;
                 op.crc = crc32c::crc32c_append(op.crc, &bytes[..len]);
                 Ok(())
@@ -247,16 +258,14 @@ fn pair<'a>(
     }
 }
 
-/// A page of the pattern, as it continues `done` bytes after its start.
-fn pattern(arg: u64, done: u64) -> [u8; CHUNK] {
+/// The pattern, as it continues `done` bytes after its start.
+fn pattern(arg: u64, done: u64, bytes: &mut [u8]) {
     let bits = (done % 8) as u32 * 8;
     // Bytes are little-endian: the byte at `done % 8` comes first.
     let word = arg.rotate_right(bits).to_le_bytes();
-    let mut bytes = [0; CHUNK];
-    for part in bytes.chunks_exact_mut(8) {
-        part.copy_from_slice(&word);
+    for part in bytes.chunks_mut(8) {
+        part.copy_from_slice(&word[..part.len()]);
     }
-    bytes
 }
 
 #[cfg(test)]
@@ -265,10 +274,13 @@ mod tests {
 
     #[test]
     fn the_pattern_goes_on_where_it_stopped() {
-        let whole = pattern(0x0807_0605_0403_0201, 0);
-        assert_eq!(whole[..9], [1, 2, 3, 4, 5, 6, 7, 8, 1]);
-        let later = pattern(0x0807_0605_0403_0201, 4099);
-        assert_eq!(later[..6], [4, 5, 6, 7, 8, 1]);
+        let at = |done| {
+            let mut bytes = [0; 9];
+            pattern(0x0807_0605_0403_0201, done, &mut bytes);
+            bytes
+        };
+        assert_eq!(at(0), [1, 2, 3, 4, 5, 6, 7, 8, 1]);
+        assert_eq!(at(4099), [4, 5, 6, 7, 8, 1, 2, 3, 4]);
     }
 
     #[test]
