@@ -149,6 +149,16 @@ impl Rig {
         self.store(at, Pte::leaf(page, true).0 | large);
     }
 
+    /// Puts this in the place of a leaf of 4 KiB.
+    pub fn spoil(&mut self, program: &Program, iova: Iova, value: Pte) {
+        let mut table = program.root;
+        for level in (2..=pte::LEVELS).rev() {
+            let at = Gpa(table.0 + pte::index(iova, level) * 8);
+            table = Pte(self.ram.load_u64(at, Ordering::Acquire).expect("RAM")).addr();
+        }
+        self.store(Gpa(table.0 + pte::index(iova, 1) * 8), value.0);
+    }
+
     fn post(&mut self, command: Command) {
         let at = Gpa(IQ.0 + u64::from(self.commands % 1024) * Command::SIZE as u64);
         self.ram.write(at, &command.to_bytes()).expect("RAM");

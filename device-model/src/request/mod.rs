@@ -43,7 +43,7 @@ use crate::sync::lock;
 /// about. A guard costs as much.
 const STEP: u64 = 512;
 /// What a page table walk costs.
-const WALK: u64 = 1024;
+const WALK: u64 = 2048;
 /// How much is done under a guard before a look for invalidations, in the same measure.
 const LOOK: u64 = 8192;
 
