@@ -197,6 +197,26 @@ fn adds_are_atomic_against_the_processors() {
     });
 }
 
+#[test]
+fn nothing_comes_between_the_load_and_the_store_of_a_word() {
+    let guest = Guest::new();
+    let process = guest.process(1);
+    let page = process.map_fresh(Iova(DST), 1)[0];
+    let ram = guest.ram.clone();
+    // If the device loaded the word by itself, a processor could change it just then.
+    guest.memory.hook(move |access| {
+        if access == Access::Loaded(page) {
+            ram.fetch_add_u64(page, 1 << 32).unwrap();
+        }
+        false
+    });
+    for n in 0..3 {
+        assert_eq!(process.go(&guest, fetch_add(DST, 1)).result, n);
+    }
+    assert_eq!(process.go(&guest, compare_swap(DST, 3, 7)).result, 3);
+    assert_eq!(load(&guest, page), 7);
+}
+
 fn fence() -> Descriptor {
     op(Opcode::Fence, 0, 0, 0)
 }
