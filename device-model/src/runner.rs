@@ -214,3 +214,56 @@ fn invalidation(device: &Device, bell: &Bell) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ports::{Clock, Ignore, Ports};
+    use crate::{Config, GuestRam};
+    use extlb_spec::{BAR_REGS, Gpa, regs};
+
+    /// Fails the engine, and nobody else.
+    struct Broken;
+
+    impl Clock for Broken {
+        fn now(&self) -> Duration {
+            let engine = std::thread::current().name() == Some("engine0");
+            assert!(!engine, "on purpose");
+            Duration::ZERO
+        }
+    }
+
+    #[test]
+    fn a_thread_that_panics_is_told_by_its_name() {
+        let ram = GuestRam::anonymous(&[(Gpa(0), 1 << 20)]).expect("maps");
+        let bell = Bell::new();
+        let (say, told) = std::sync::mpsc::channel();
+        bell.on_panic(Box::new(move |name| drop(say.send(name.to_owned()))));
+        let ports = Ports {
+            clock: Arc::new(Broken),
+            wake: bell.clone(),
+            ..Ports::stepped(Arc::new(ram), Arc::new(Ignore))
+        };
+        let device = Arc::new(Device::new(Config::default(), ports).expect("good"));
+        let runner = Runner::start(&device, &bell).expect("starts");
+        device.set_bus_master(true);
+        for (register, value) in [
+            (regs::CTX_TABLE, 0x1000),
+            (regs::CTX_COUNT, 16),
+            (regs::IQ_BASE, 0x2000),
+            (regs::IQ_LOG2, 4),
+            (regs::PRQ_BASE, 0x3000),
+            (regs::PRQ_LOG2, 4),
+            (regs::SHADOW, 0x4000),
+            (regs::CTRL, 1u64),
+        ] {
+            let bytes = value.to_le_bytes();
+            device.mmio_write(BAR_REGS, register.offset, &bytes[..register.width as usize]);
+        }
+        let name = told.recv_timeout(Duration::from_secs(20)).expect("told");
+        assert_eq!(name, "engine0");
+        // What the thread held is given up, and the others end.
+        device.reset();
+        drop(runner);
+    }
+}
