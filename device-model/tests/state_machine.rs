@@ -73,8 +73,17 @@ enum Action {
     Credits(u32, u32),
     BusMaster(bool),
     Reset(bool),
-    /// Actions of the kernel in the middle of a coming access to data.
+    /// Actions of the kernel in the middle of a coming access.
     Within(u64, Vec<Action>),
+    /// A page is used, changed and shot down (or its context started anew), and used again.
+    Again {
+        context: u32,
+        work: Work,
+        place: Place,
+        change: Change,
+        restart: bool,
+        drained: bool,
+    },
     Settle,
 }
 
@@ -140,6 +149,35 @@ fn act(world: &Arc<World>, action: &Action) -> Result<(), String> {
             let actions = actions.clone();
             let act = move |world: &World| actions.iter().for_each(|a| kernel(world, a));
             *world.within.lock().unwrap() = Some((*after, Box::new(act)));
+        }
+        Action::Again {
+            context,
+            work,
+            place,
+            change,
+            restart,
+            drained,
+        } => {
+            let again = || {
+                world.submit(*context, descriptor(*work, *place, *place, 8, 64), true);
+                (0..6).for_each(|_| world.engine_step());
+            };
+            again();
+            if *restart {
+                world.stop(*context);
+            }
+            for target in [false, true] {
+                world.change_leaf(*context, address(*place, target), *change);
+            }
+            if *restart {
+                world.start(*context);
+            } else {
+                let (from, to) = (address(*place, false), address(*place, true) + PAGE);
+                world.post(Command::Invalidate(Scope::Range(*context, from, to)));
+                world.wait(if *drained { 2 } else { 1 }, false);
+                (0..4).for_each(|_| world.queue_step());
+            }
+            again();
         }
         Action::Settle => world.settle()?,
         other => kernel(world, other),
@@ -264,7 +302,7 @@ fn context() -> impl Strategy<Value = u32> {
 
 fn place() -> impl Strategy<Value = Place> {
     prop_oneof![
-        8 => (0..4u64).prop_map(Place::Small),
+        8 => (0..3u64).prop_map(Place::Small),
         3 => (0..4u64).prop_map(Place::Large),
         1 => Just(Place::Ring),
         1 => Just(Place::Records),
@@ -273,7 +311,7 @@ fn place() -> impl Strategy<Value = Place> {
 
 fn operand() -> impl Strategy<Value = Place> {
     prop_oneof![
-        3 => (0..4u64).prop_map(Place::Small),
+        3 => (0..3u64).prop_map(Place::Small),
         1 => (0..4u64).prop_map(Place::Large),
     ]
 }
@@ -373,6 +411,22 @@ fn action() -> impl Strategy<Value = Action> {
         1 => prop::bool::weighted(0.5).prop_map(Action::Reset),
         6 => (0..6u64, prop::collection::vec(kernel_action(), 1..5))
             .prop_map(|(after, actions)| Action::Within(after, actions)),
+        4 => (
+            context(),
+            work(),
+            operand(),
+            change(),
+            prop::bool::weighted(0.3),
+            any::<bool>(),
+        )
+            .prop_map(|(context, work, place, change, restart, drained)| Action::Again {
+                context,
+                work,
+                place,
+                change,
+                restart,
+                drained,
+            }),
         1 => Just(Action::Settle),
     ]
 }
@@ -389,6 +443,8 @@ proptest! {
         polls in any::<bool>(),
         tlb in prop_oneof![Just((1, 1)), Just((2, 2)), Just((16, 4))],
         chunk in prop_oneof![Just(4096u32), Just(32768)],
+        // A kernel that does not read the ring of page requests until it must.
+        lazy in prop::bool::weighted(0.2),
         actions in prop::collection::vec(action(), 1..120),
     ) {
         let world = World::new(if polls { 100 } else { 0 }, |config| {
@@ -396,6 +452,9 @@ proptest! {
             config.schedule.chunk = chunk;
         });
         for (n, action) in actions.iter().enumerate() {
+            if lazy && matches!(action, Action::Take) {
+                continue;
+            }
             if let Err(why) = act(&world, action) {
                 return Err(TestCaseError::fail(format!("action {n}, {action:?}: {why}")));
             }

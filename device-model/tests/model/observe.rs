@@ -18,7 +18,7 @@ type Within = Box<dyn Fn() + Send + Sync>;
 pub struct Observed {
     pub inner: Arc<dyn Dma>,
     pub model: Arc<Mutex<Model>>,
-    /// Called in the middle of each access to data.
+    /// Called in the middle of each access to data, and of each step of a walk.
     pub within: Arc<OnceLock<Within>>,
 }
 
@@ -53,6 +53,18 @@ impl Observed {
         });
     }
 
+    /// In the middle of an access, under its guard.
+    fn middle(&self) {
+        self.with(|model| {
+            model.accesses += 1;
+            model.during = model.accesses;
+        });
+        if let Some(within) = self.within.get() {
+            within();
+        }
+        self.with(|model| model.during = 0);
+    }
+
     /// An access to data begins: what happens in the middle of it happens now, before the data is
     /// moved. Its pages must be the context's still when it is.
     fn data(&self, pages: &[(Gpa, bool)]) -> Option<(u32, Vec<u64>)> {
@@ -61,15 +73,8 @@ impl Observed {
             found.collect::<Option<Vec<_>>>()
         };
         let found = self.with(judge)?;
+        self.middle();
         self.with(|model| {
-            model.accesses += 1;
-            model.during = model.accesses;
-        });
-        if let Some(within) = self.within.get() {
-            within();
-        }
-        self.with(|model| {
-            model.during = 0;
             for (at, _) in pages {
                 if model.back.contains(&at.page().0) {
                     model.fail(format!("{at}: under way when its page was taken away"));
@@ -237,7 +242,10 @@ impl Dma for Observed {
 
     fn load_u64(&self, at: Gpa, order: Ordering) -> Result<u64, BusError> {
         self.begin(at);
-        self.inner.load_u64(at, order)
+        let value = self.inner.load_u64(at, order);
+        // A step of a walk: what it has found may be overtaken now.
+        self.middle();
+        value
     }
 
     fn store_u64(&self, at: Gpa, value: u64, order: Ordering) -> Result<(), BusError> {

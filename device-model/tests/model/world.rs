@@ -22,7 +22,7 @@ use crate::common::{self, Guest, PAGE, Process, RING_LOG2};
 pub const CONTEXTS: u32 = 3;
 /// Single pages of a context, one after the other.
 pub const SMALL: u64 = 0x5555_0000_0000;
-pub const SMALL_PAGES: u64 = 8;
+pub const SMALL_PAGES: u64 = 6;
 /// A piece of the address space that may be one leaf of 2 MiB.
 pub const LARGE: u64 = 0x5555_4000_0000;
 const LARGE_SIZE: u64 = 2 << 20;
@@ -480,7 +480,10 @@ impl World {
 
     /// Everybody does his duty until nothing is left to do: then nothing may be.
     pub fn settle(&self) -> Result<(), String> {
-        self.set_bus_master(true);
+        // Only if it is off: a device that is told again looks at everything again.
+        if !self.model().powered {
+            self.set_bus_master(true);
+        }
         for ring in [false, true] {
             for _ in 0..200 {
                 self.guest.run();
