@@ -1,7 +1,8 @@
 //! Every target holds on its corpus, and on mutations of it that are the same in each run.
 //!
 //! `EXTLB_FUZZ_RUNS=…` makes so many of each, `EXTLB_FUZZ_FROM=…` begins at another one. A failed
-//! run says its number; `EXTLB_FUZZ_FROM=n EXTLB_FUZZ_RUNS=1` is that one alone.
+//! run says its number; `EXTLB_FUZZ_FROM=n EXTLB_FUZZ_RUNS=1` is that one alone. With
+//! `EXTLB_FUZZ_CORPUS=…`, a folder that has one for each target, its inputs are used as well.
 
 use std::panic::catch_unwind;
 use std::path::Path;
@@ -34,6 +35,7 @@ fn replay(name: &str) {
     let target = TARGETS.iter().find(|target| target.name == name);
     let target = target.expect("a target");
     let corpus = corpus(target);
+    println!("{name}: {} inputs", corpus.len());
     for (n, input) in corpus.iter().enumerate() {
         let ran = catch_unwind(|| (target.run)(input));
         assert!(ran.is_ok(), "{name}: input {n} of the corpus: {input:02x?}");
