@@ -19,16 +19,26 @@ fn number(name: &str, otherwise: u64) -> u64 {
     text.map_or(otherwise, |text| text.parse().expect("a number"))
 }
 
-/// The inputs in the tree, in the order of their names, and the seeds.
-fn corpus(target: &Target) -> Vec<Vec<u8>> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus");
-    let files = std::fs::read_dir(folder.join(target.name)).expect("a corpus");
+/// The inputs of a folder, in the order of their names.
+fn inputs(folder: &Path) -> Vec<Vec<u8>> {
+    let files = std::fs::read_dir(folder).expect("a corpus");
     let mut files: Vec<_> = files.map(|file| file.expect("an entry").path()).collect();
     files.sort();
     let files = files
         .iter()
         .map(|path| std::fs::read(path).expect("a file"));
-    files.chain((target.seeds)()).collect()
+    files.collect()
+}
+
+/// The inputs in the tree, and the seeds.
+fn corpus(target: &Target) -> Vec<Vec<u8>> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus");
+    let mut all = inputs(&folder.join(target.name));
+    all.extend((target.seeds)());
+    if let Some(folder) = std::env::var_os("EXTLB_FUZZ_CORPUS") {
+        all.extend(inputs(&Path::new(&folder).join(target.name)));
+    }
+    all
 }
 
 fn replay(name: &str) {
