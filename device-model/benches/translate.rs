@@ -13,6 +13,20 @@ mod config {
     pub(crate) use extlb_device::config::{Geometry, Policy, TlbConfig};
 }
 
+/// Saving is not modelled.
+mod state {
+    pub(crate) use extlb_device::state::StateError;
+    pub(crate) const MAX_COUNT: u64 = 0;
+
+    pub(crate) fn check<T>(_: &'static str, _: bool, _: T) -> Result<(), StateError> {
+        Ok(())
+    }
+
+    pub(crate) fn is_page(_: extlb_spec::Gpa) -> bool {
+        true
+    }
+}
+
 mod ports {
     pub(crate) use extlb_device::ports::{BusError, Dma};
 }
@@ -32,8 +46,8 @@ use extlb_device::GuestRam;
 use extlb_device::ports::Dma;
 use extlb_spec::pte::{self, Pte, bit, leaf_size};
 use extlb_spec::{Gpa, Iova, PAGE_SIZE};
-use vm_memory::GuestAddress;
-use vm_memory::iommu::{Iotlb, Permissions};
+use vm_memory::iommu::Iotlb;
+use vm_memory::{GuestAddress, Permissions};
 
 use config::{Policy, TlbConfig};
 use tlb::{Leaf, Lookup, Scope, Table, Tables, Tlb};
