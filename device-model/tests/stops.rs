@@ -119,7 +119,7 @@ fn stop_beside(guest: &Arc<Guest>, how: Stop) -> JoinHandle<(Traffic, ConfigSpac
 /// Whoever may, asks the device to go on: it does not. Every other time nobody asks: what goes on
 /// afterwards does so by itself.
 fn silent(guest: &Guest, script: &Script, after: Traffic, what: &str) {
-    if after.accesses % 2 == 0 {
+    if after.accesses.is_multiple_of(2) {
         script.ring_all(guest);
         guest.set(regs::KICK, 1);
     }
