@@ -40,7 +40,7 @@ mod config {
 /// Saving is not modelled.
 mod state {
     pub(crate) use extlb_device::state::StateError;
-    pub(crate) const MAX_COUNT: u64 = 0;
+    pub(crate) const MAX_COUNT: u64 = 1 << 62;
 
     pub(crate) fn check<T>(_: &'static str, _: bool, _: T) -> Result<(), StateError> {
         Ok(())
