@@ -98,7 +98,7 @@ fn leaves_of_every_size_are_used_together_and_take_one_entry_each() {
     // The 1 GiB leaf shows all of RAM, from address 0.
     let huge = 0x40_0000_0000;
     map(&guest, &process, huge, 3, Gpa(0));
-    let text: Vec<u8> = (0..1u32 << 20).map(|i| (i * 7 >> 3) as u8).collect();
+    let text: Vec<u8> = (0..1u32 << 20).map(|i| ((i * 7) >> 3) as u8).collect();
     guest.ram.write(LARGE, &text).unwrap();
     let before = stats(&guest, &process);
     let to = LARGE.0 + leaf_size(2);
