@@ -122,7 +122,11 @@ fn small(c: &mut Criterion) {
     let at = |i: u32| u64::from(i) * 4032 % (PAGES * PAGE_SIZE - 64);
     let copy = move |i: u32| op(Opcode::Copy, SRC + at(i), DST + at(i) / 64 * 64, 64);
     let quiet = move |i: u32| Descriptor {
-        flags: if (i + 1).is_multiple_of(RING) { 0 } else { flags::QUIET },
+        flags: if (i + 1).is_multiple_of(RING) {
+            0
+        } else {
+            flags::QUIET
+        },
         ..copy(i)
     };
     let add = move |i: u32| op(Opcode::FetchAdd, 0, DST + at(i) / 8 * 8, 8);

@@ -114,10 +114,11 @@ fn page(world: &World, context: u32, place: Place, target: bool) -> u64 {
 }
 
 fn shoot(world: &World, scope: Scope, shoot: Shoot) {
-    if shoot.invalidate && world.post(Command::Invalidate(scope)) {
-        if let Some(level) = shoot.wait {
-            world.wait(level, level == 1);
-        }
+    if shoot.invalidate
+        && world.post(Command::Invalidate(scope))
+        && let Some(level) = shoot.wait
+    {
+        world.wait(level, level == 1);
     }
     (0..shoot.steps).for_each(|_| world.queue_step());
 }

@@ -43,12 +43,14 @@ pub enum Change {
     },
 }
 
+pub type Within = Box<dyn FnOnce(&World) + Send>;
+
 pub struct World {
     pub guest: Guest,
     pub processes: Vec<Process>,
     model: Arc<Mutex<Model>>,
     /// What the kernel does in the middle of an access, and of which.
-    pub within: Mutex<Option<(u64, Box<dyn FnOnce(&World) + Send>)>>,
+    pub within: Mutex<Option<(u64, Within)>>,
     blocks: Mutex<std::ops::Range<u64>>,
     /// The counts at the last reset.
     base: Mutex<Counts>,
@@ -343,7 +345,7 @@ impl World {
     /// Changes the leaf of a page.
     pub fn change_leaf(&self, c: u32, page: u64, change: Change) {
         let process = &self.processes[c as usize];
-        if page >= LARGE && page < LARGE + LARGE_SIZE {
+        if (LARGE..LARGE + LARGE_SIZE).contains(&page) {
             self.split(c);
         }
         let old = self.model().contexts[c as usize].pages.get(&page).copied();
