@@ -150,12 +150,7 @@ impl GuestRam {
         self.ranges.store(Arc::new(ranges));
         result
     }
-}
 
-/// A map of the moment.
-struct Map<'a>(&'a Ranges);
-
-impl Map<'_> {
     fn with<R>(
         &self,
         at: Gpa,
@@ -165,13 +160,15 @@ impl Map<'_> {
         asked: impl FnOnce(&dyn Indirect, u64) -> io::Result<R>,
     ) -> Result<R, BusError> {
         let error = BusError { addr: at, len };
-        let (by, offset) = match self.0.find(at.0, len, needed).ok_or(error)? {
+        let ranges = self.ranges.load();
+        let (by, offset) = match ranges.find(at.0, len, needed).ok_or(error)? {
             Found::Mapped(slice) => return mapped(slice).ok_or(error),
-            Found::Asked(by, offset) => (by, offset),
+            Found::Asked(by, offset) => (by.clone(), offset),
         };
+        drop(ranges);
         // One question an access: a drain that waits for it waits for one answer.
         match len <= PAGE_SIZE as usize {
-            true => asked(&**by, offset).map_err(|_| error),
+            true => asked(&*by, offset).map_err(|_| error),
             false => Err(error),
         }
     }
@@ -230,7 +227,7 @@ fn checked(at: Gpa, len: u64) -> io::Result<Range<u64>> {
     }
 }
 
-impl Dma for Map<'_> {
+impl Dma for GuestRam {
     fn read(&self, from: Gpa, to: &mut [u8]) -> Result<(), BusError> {
         // Either, not both: each needs it alone.
         let to = std::cell::RefCell::new(to);
@@ -253,13 +250,15 @@ impl Dma for Map<'_> {
     }
 
     fn copy(&self, from: Gpa, to: Gpa, len: usize) -> Result<(), BusError> {
+        let ranges = self.ranges.load();
         let find = |at: Gpa, needed| {
-            let found = self.0.find(at.0, len, needed);
+            let found = ranges.find(at.0, len, needed);
             found.ok_or(BusError { addr: at, len })
         };
         match (find(from, Rights::READ)?, find(to, Rights::WRITE)?) {
             (Found::Mapped(from), Found::Mapped(to)) => from.copy_to_volatile_slice(to),
             _ => {
+                drop(ranges);
                 // By way of here; what overlaps is exact, since all is read before any is written.
                 let mut bytes = [0; PAGE_SIZE as usize];
                 let bytes = bytes.get_mut(..len).ok_or(BusError { addr: from, len })?;
@@ -317,53 +316,6 @@ impl Dma for Map<'_> {
 
     fn fetch_add_u64(&self, at: Gpa, value: u64) -> Result<u64, BusError> {
         self.atomic(at, |word| word.fetch_add(value, Ordering::AcqRel))
-    }
-
-    fn view(&self, f: &mut dyn FnMut(&dyn Dma)) {
-        f(self);
-    }
-}
-
-impl Dma for GuestRam {
-    fn read(&self, from: Gpa, to: &mut [u8]) -> Result<(), BusError> {
-        Map(&self.ranges.load()).read(from, to)
-    }
-
-    fn write(&self, to: Gpa, from: &[u8]) -> Result<(), BusError> {
-        Map(&self.ranges.load()).write(to, from)
-    }
-
-    fn copy(&self, from: Gpa, to: Gpa, len: usize) -> Result<(), BusError> {
-        Map(&self.ranges.load()).copy(from, to, len)
-    }
-
-    fn load_u32(&self, at: Gpa, order: Ordering) -> Result<u32, BusError> {
-        Map(&self.ranges.load()).load_u32(at, order)
-    }
-
-    fn store_u32(&self, at: Gpa, value: u32, order: Ordering) -> Result<(), BusError> {
-        Map(&self.ranges.load()).store_u32(at, value, order)
-    }
-
-    fn load_u64(&self, at: Gpa, order: Ordering) -> Result<u64, BusError> {
-        Map(&self.ranges.load()).load_u64(at, order)
-    }
-
-    fn store_u64(&self, at: Gpa, value: u64, order: Ordering) -> Result<(), BusError> {
-        Map(&self.ranges.load()).store_u64(at, value, order)
-    }
-
-    fn compare_exchange_u64(&self, at: Gpa, current: u64, new: u64) -> Result<u64, BusError> {
-        Map(&self.ranges.load()).compare_exchange_u64(at, current, new)
-    }
-
-    fn fetch_add_u64(&self, at: Gpa, value: u64) -> Result<u64, BusError> {
-        Map(&self.ranges.load()).fetch_add_u64(at, value)
-    }
-
-    /// One look at the map: it costs as much as a small access.
-    fn view(&self, f: &mut dyn FnMut(&dyn Dma)) {
-        f(&Map(&self.ranges.load()));
     }
 }
 
