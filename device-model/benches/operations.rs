@@ -33,7 +33,7 @@ const LEN: u64 = 16 * LEAF;
 fn copies(c: &mut Criterion) {
     plain(c);
     // The default, and what drains would have to wait longer for.
-    for chunk in [32 << 10, 256 << 10, 2 << 20] {
+    for chunk in [32 << 10, 64 << 10, 256 << 10, 2 << 20] {
         by_device(c, chunk);
     }
 }

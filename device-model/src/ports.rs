@@ -50,6 +50,10 @@ pub trait Dma: Send + Sync {
     fn compare_exchange_u64(&self, at: Gpa, current: u64, new: u64) -> Result<u64, BusError>;
     /// Adds, modulo 2^64, and says what was there before. Atomic likewise.
     fn fetch_add_u64(&self, at: Gpa, value: u64) -> Result<u64, BusError>;
+    /// Calls `f`, once, with this memory, for the accesses of one guard. Memory whose map can
+    /// change may hand out the map of the moment, and so look for it once: whoever changes it
+    /// waits for the guards of before ([`crate::Device::quiesce`]). If nothing is gained, `f(self)`.
+    fn view(&self, f: &mut dyn FnMut(&dyn Dma));
 }
 
 /// MSI-X, as the device sees it.

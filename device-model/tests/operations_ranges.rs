@@ -431,7 +431,7 @@ fn large_leaves_are_moved_in_chunks_and_exactly() {
     assert_eq!(guest.bytes(b, 4096), vec![0; 4096]);
     let copies = copies.load(Ordering::SeqCst);
     assert!(
-        (LEAF / (32 << 10)..2 * LEAF / (32 << 10)).contains(&copies),
+        (LEAF / (64 << 10)..2 * LEAF / (64 << 10)).contains(&copies),
         "{copies}"
     );
     let crc = process.go(&guest, op(Opcode::Crc32c, A + 1, 0, LEAF - 1));

@@ -186,19 +186,22 @@ impl Rig {
 
     /// Submits so many, for which there must be room, and rings.
     pub fn submit(&self, program: &mut Program, count: u32, next: impl Fn(u32) -> Descriptor) {
-        for _ in 0..count {
-            let slot = (program.submitted % RING) as usize;
-            let (per_page, records) = (slot / 64, slot / 128);
-            let record = Gpa(program.records[records].0 + slot as u64 % 128 * 32);
-            self.ram.write(record, &[0; 32]).expect("RAM");
-            let descriptor = Descriptor {
-                completion: RECORDS_AT + slot as u64 * 32,
-                ..next(program.submitted)
-            };
-            let at = Gpa(program.ring[per_page].0 + slot as u64 % 64 * 64);
-            self.ram.write(at, &descriptor.to_bytes()).expect("RAM");
-            program.submitted += 1;
-        }
+        // One look at the map of RAM: a program has none to look at.
+        self.ram.view(&mut |ram| {
+            for _ in 0..count {
+                let slot = (program.submitted % RING) as usize;
+                let (per_page, records) = (slot / 64, slot / 128);
+                let record = Gpa(program.records[records].0 + slot as u64 % 128 * 32);
+                ram.write(record, &[0; 32]).expect("RAM");
+                let descriptor = Descriptor {
+                    completion: RECORDS_AT + slot as u64 * 32,
+                    ..next(program.submitted)
+                };
+                let at = Gpa(program.ring[per_page].0 + slot as u64 % 64 * 64);
+                ram.write(at, &descriptor.to_bytes()).expect("RAM");
+                program.submitted += 1;
+            }
+        });
         let tail = Gpa(program.shadow.0 + offset_of!(ContextShadow, tail) as u64);
         let order = Ordering::Release;
         self.ram

@@ -215,6 +215,10 @@ impl Dma for Card {
     fn fetch_add_u64(&self, at: Gpa, value: u64) -> Result<u64, BusError> {
         self.ports.memory.fetch_add_u64(at, value)
     }
+
+    fn view(&self, f: &mut dyn FnMut(&dyn Dma)) {
+        f(self);
+    }
 }
 
 impl std::fmt::Debug for Card {

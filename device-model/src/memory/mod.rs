@@ -150,7 +150,12 @@ impl GuestRam {
         self.ranges.store(Arc::new(ranges));
         result
     }
+}
 
+/// A map of the moment.
+struct Map<'a>(&'a Ranges);
+
+impl Map<'_> {
     fn with<R>(
         &self,
         at: Gpa,
@@ -160,15 +165,13 @@ impl GuestRam {
         asked: impl FnOnce(&dyn Indirect, u64) -> io::Result<R>,
     ) -> Result<R, BusError> {
         let error = BusError { addr: at, len };
-        let ranges = self.ranges.load();
-        let (by, offset) = match ranges.find(at.0, len, needed).ok_or(error)? {
+        let (by, offset) = match self.0.find(at.0, len, needed).ok_or(error)? {
             Found::Mapped(slice) => return mapped(slice).ok_or(error),
-            Found::Asked(by, offset) => (by.clone(), offset),
+            Found::Asked(by, offset) => (by, offset),
         };
-        drop(ranges);
         // One question an access: a drain that waits for it waits for one answer.
         match len <= PAGE_SIZE as usize {
-            true => asked(&*by, offset).map_err(|_| error),
+            true => asked(&**by, offset).map_err(|_| error),
             false => Err(error),
         }
     }
@@ -227,7 +230,7 @@ fn checked(at: Gpa, len: u64) -> io::Result<Range<u64>> {
     }
 }
 
-impl Dma for GuestRam {
+impl Dma for Map<'_> {
     fn read(&self, from: Gpa, to: &mut [u8]) -> Result<(), BusError> {
         // Either, not both: each needs it alone.
         let to = std::cell::RefCell::new(to);
@@ -250,15 +253,13 @@ impl Dma for GuestRam {
     }
 
     fn copy(&self, from: Gpa, to: Gpa, len: usize) -> Result<(), BusError> {
-        let ranges = self.ranges.load();
         let find = |at: Gpa, needed| {
-            let found = ranges.find(at.0, len, needed);
+            let found = self.0.find(at.0, len, needed);
             found.ok_or(BusError { addr: at, len })
         };
         match (find(from, Rights::READ)?, find(to, Rights::WRITE)?) {
             (Found::Mapped(from), Found::Mapped(to)) => from.copy_to_volatile_slice(to),
             _ => {
-                drop(ranges);
                 // By way of here; what overlaps is exact, since all is read before any is written.
                 let mut bytes = [0; PAGE_SIZE as usize];
                 let bytes = bytes.get_mut(..len).ok_or(BusError { addr: from, len })?;
@@ -317,6 +318,123 @@ impl Dma for GuestRam {
     fn fetch_add_u64(&self, at: Gpa, value: u64) -> Result<u64, BusError> {
         self.atomic(at, |word| word.fetch_add(value, Ordering::AcqRel))
     }
+
+    fn view(&self, f: &mut dyn FnMut(&dyn Dma)) {
+        f(self);
+    }
+}
+
+/// The map of a moment, and the RAM that it was of.
+///
+/// What was taken out since then may still be found: whoever took it out waits for the guard that
+/// the view is of. What was added since must be found too, since a long guard may get to work that
+/// was submitted after it: so what is not in the view is looked for again.
+struct View<'a> {
+    ram: &'a GuestRam,
+    then: arc_swap::Guard<Arc<Ranges>>,
+}
+
+impl View<'_> {
+    fn find<R>(
+        &self,
+        mut access: impl FnMut(Map<'_>) -> Result<R, BusError>,
+    ) -> Result<R, BusError> {
+        access(Map(&self.then)).or_else(|error| {
+            let now = self.ram.ranges.load();
+            match Arc::ptr_eq(&now, &self.then) {
+                true => Err(error),
+                false => access(Map(&now)),
+            }
+        })
+    }
+}
+
+impl Dma for View<'_> {
+    fn read(&self, from: Gpa, to: &mut [u8]) -> Result<(), BusError> {
+        self.find(|map| map.read(from, to))
+    }
+
+    fn write(&self, to: Gpa, from: &[u8]) -> Result<(), BusError> {
+        self.find(|map| map.write(to, from))
+    }
+
+    fn copy(&self, from: Gpa, to: Gpa, len: usize) -> Result<(), BusError> {
+        self.find(|map| map.copy(from, to, len))
+    }
+
+    fn load_u32(&self, at: Gpa, order: Ordering) -> Result<u32, BusError> {
+        self.find(|map| map.load_u32(at, order))
+    }
+
+    fn store_u32(&self, at: Gpa, value: u32, order: Ordering) -> Result<(), BusError> {
+        self.find(|map| map.store_u32(at, value, order))
+    }
+
+    fn load_u64(&self, at: Gpa, order: Ordering) -> Result<u64, BusError> {
+        self.find(|map| map.load_u64(at, order))
+    }
+
+    fn store_u64(&self, at: Gpa, value: u64, order: Ordering) -> Result<(), BusError> {
+        self.find(|map| map.store_u64(at, value, order))
+    }
+
+    fn compare_exchange_u64(&self, at: Gpa, current: u64, new: u64) -> Result<u64, BusError> {
+        self.find(|map| map.compare_exchange_u64(at, current, new))
+    }
+
+    fn fetch_add_u64(&self, at: Gpa, value: u64) -> Result<u64, BusError> {
+        self.find(|map| map.fetch_add_u64(at, value))
+    }
+
+    fn view(&self, f: &mut dyn FnMut(&dyn Dma)) {
+        f(self);
+    }
+}
+
+impl Dma for GuestRam {
+    fn read(&self, from: Gpa, to: &mut [u8]) -> Result<(), BusError> {
+        Map(&self.ranges.load()).read(from, to)
+    }
+
+    fn write(&self, to: Gpa, from: &[u8]) -> Result<(), BusError> {
+        Map(&self.ranges.load()).write(to, from)
+    }
+
+    fn copy(&self, from: Gpa, to: Gpa, len: usize) -> Result<(), BusError> {
+        Map(&self.ranges.load()).copy(from, to, len)
+    }
+
+    fn load_u32(&self, at: Gpa, order: Ordering) -> Result<u32, BusError> {
+        Map(&self.ranges.load()).load_u32(at, order)
+    }
+
+    fn store_u32(&self, at: Gpa, value: u32, order: Ordering) -> Result<(), BusError> {
+        Map(&self.ranges.load()).store_u32(at, value, order)
+    }
+
+    fn load_u64(&self, at: Gpa, order: Ordering) -> Result<u64, BusError> {
+        Map(&self.ranges.load()).load_u64(at, order)
+    }
+
+    fn store_u64(&self, at: Gpa, value: u64, order: Ordering) -> Result<(), BusError> {
+        Map(&self.ranges.load()).store_u64(at, value, order)
+    }
+
+    fn compare_exchange_u64(&self, at: Gpa, current: u64, new: u64) -> Result<u64, BusError> {
+        Map(&self.ranges.load()).compare_exchange_u64(at, current, new)
+    }
+
+    fn fetch_add_u64(&self, at: Gpa, value: u64) -> Result<u64, BusError> {
+        Map(&self.ranges.load()).fetch_add_u64(at, value)
+    }
+
+    /// One look at the map: it costs as much as a small access.
+    fn view(&self, f: &mut dyn FnMut(&dyn Dma)) {
+        f(&View {
+            ram: self,
+            then: self.ranges.load(),
+        });
+    }
 }
 
 #[cfg(test)]
@@ -333,6 +451,30 @@ mod tests {
         assert!(ram.load_u64(Gpa(0x1004), Ordering::Relaxed).is_err());
         assert!(ram.copy(Gpa(0x1000), Gpa(0x2ff8), 16).is_err());
         assert!(GuestRam::default().read(Gpa(0), &mut byte).is_err());
+    }
+
+    #[test]
+    fn a_view_finds_what_is_added_and_keeps_what_is_taken_out() {
+        let ram = GuestRam::anonymous(&[(Gpa(0x1000), 0x1000)]).expect("maps");
+        let file = |fill: u8| {
+            use std::os::unix::fs::FileExt;
+            let file = tempfile::tempfile().expect("a file");
+            file.write_all_at(&[fill; 0x1000], 0).expect("written");
+            file
+        };
+        ram.view(&mut |view| {
+            let at = |view: &dyn Dma, at| {
+                let mut byte = [0];
+                view.read(Gpa(at), &mut byte).ok().map(|()| byte[0])
+            };
+            assert_eq!(at(view, 0x3000), None);
+            ram.map_file(Gpa(0x3000), 0x1000, file(7), 0, true)
+                .expect("maps");
+            assert_eq!(at(view, 0x3000), Some(7));
+            assert!(ram.unmap(Gpa(0x1000), 0x1000).expect("taken out"));
+            assert_eq!(at(view, 0x1000), Some(0), "until the guard ends");
+            ram.view(&mut |view| assert_eq!(at(view, 0x1000), None));
+        });
     }
 
     #[test]

@@ -268,6 +268,10 @@ impl Dma for Player {
     fn fetch_add_u64(&self, at: Gpa, value: u64) -> Result<u64, BusError> {
         self.word(Request::Add(at.0, value), at, 8)
     }
+
+    fn view(&self, f: &mut dyn FnMut(&dyn Dma)) {
+        f(self);
+    }
 }
 
 impl Interrupts for Player {

@@ -128,6 +128,10 @@ impl Dma for Taps {
             Answer::Word(*word)
         })
     }
+
+    fn view(&self, f: &mut dyn FnMut(&dyn Dma)) {
+        f(self);
+    }
 }
 
 impl Interrupts for Taps {

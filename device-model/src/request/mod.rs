@@ -168,10 +168,21 @@ impl Device {
         space: &Space,
         work: &mut Work,
     ) -> Result<(), Halt> {
-        let access = self.enter(lane, context, space, work.epoch)?;
-        let steps = self.steps(&access, space, work);
-        self.publish(&access, space, work)?;
-        steps
+        // The guard first, then the map of memory: who changes it waits for those who may know
+        // the old one.
+        let mut guard = Some(lane.enter());
+        let mut made = Ok(());
+        self.ports.memory.view(&mut |memory| {
+            let Some(guard) = guard.take() else { return };
+            made = self
+                .access(guard, memory, context, space, work.epoch)
+                .and_then(|access| {
+                    let steps = self.steps(&access, space, work);
+                    self.publish(&access, space, work)?;
+                    steps
+                });
+        });
+        made
     }
 
     /// Makes steps until the guard has lasted long enough.

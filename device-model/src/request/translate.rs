@@ -27,6 +27,7 @@ pub(crate) struct Access<'d> {
     context: &'d Context,
     space: &'d Space,
     epoch: u64,
+    memory: &'d dyn Dma,
     guard: Guard<'d>,
     /// The translation handed out last, for the report if the guard is outlived.
     last: Cell<Used>,
@@ -45,8 +46,20 @@ impl Device {
         space: &'d Space,
         epoch: u64,
     ) -> Result<Access<'d>, Halt> {
+        self.access(lane.enter(), &*self.ports.memory, context, space, epoch)
+    }
+
+    /// Goes on from the guard, if neither the device nor the context was stopped. `memory`: that
+    /// of the port, or a view of it that was taken under the guard.
+    pub(super) fn access<'d>(
+        &'d self,
+        guard: Guard<'d>,
+        memory: &'d dyn Dma,
+        context: &'d Context,
+        space: &'d Space,
+        epoch: u64,
+    ) -> Result<Access<'d>, Halt> {
         // The guard first, the gates after: see `guard.rs`.
-        let guard = lane.enter();
         if !self.is_running() || context.epoch() != epoch {
             return Err(Halt::Stopped);
         }
@@ -61,6 +74,7 @@ impl Device {
             context,
             space,
             epoch,
+            memory,
             guard,
             last,
             hits: Cell::new(0),
@@ -90,7 +104,7 @@ impl Access<'_> {
 
     /// Memory by guest-physical address: for the shadow page, whose address the kernel gave.
     pub(super) fn memory(&self) -> &dyn Dma {
-        &*self.device.ports.memory
+        self.memory
     }
 
     /// No RAM answers: broken at this address, and counted.

@@ -136,6 +136,10 @@ impl Dma for Hooked {
         self.meet(Access::Store(at))?;
         self.ram.fetch_add_u64(at, value)
     }
+
+    fn view(&self, f: &mut dyn FnMut(&dyn Dma)) {
+        f(self);
+    }
 }
 
 /// Counts interrupts, and lets a test look at the moment of each.

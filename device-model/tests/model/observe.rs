@@ -267,4 +267,8 @@ impl Dma for Observed {
         let run = || self.inner.fetch_add_u64(at, value);
         self.atomic(at, (true, 0, value), run)
     }
+
+    fn view(&self, f: &mut dyn FnMut(&dyn Dma)) {
+        f(self);
+    }
 }

@@ -157,6 +157,10 @@ impl Dma for Bus {
     fn fetch_add_u64(&self, at: Gpa, value: u64) -> Result<u64, BusError> {
         self.double(at, true, |word| word.fetch_add(value, Ordering::AcqRel))
     }
+
+    fn view(&self, f: &mut dyn FnMut(&dyn Dma)) {
+        f(self);
+    }
 }
 
 #[cfg(test)]

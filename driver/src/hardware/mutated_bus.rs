@@ -404,6 +404,10 @@ impl Dma for MutatedBus {
         self.there(at, 8)?;
         self.memory.fetch_add_u64(at, value)
     }
+
+    fn view(&self, f: &mut dyn FnMut(&dyn Dma)) {
+        f(self);
+    }
 }
 
 impl MutatedBus {

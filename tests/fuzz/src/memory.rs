@@ -295,4 +295,8 @@ impl Dma for Watched {
         let word = self.word(at, 8, may::SWAP)?;
         Ok(word.fetch_add(value, Ordering::Relaxed))
     }
+
+    fn view(&self, f: &mut dyn FnMut(&dyn Dma)) {
+        f(self);
+    }
 }

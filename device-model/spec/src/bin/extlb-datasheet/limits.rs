@@ -96,7 +96,7 @@ pub(crate) fn print() -> String {
         (
             "Time of a drained wait",
             "that of one step".into(),
-            "a step moves at most a chunk (configured, 32 KiB by default) and makes the walks for it; no operation as a whole, no page request, no other context's queue is waited for",
+            "a step moves at most a chunk (configured, 64 KiB by default) and makes the walks for it; no operation as a whole, no page request, no other context's queue is waited for",
         ),
     ];
     let mut out = String::from("| | Limit | By what, and what is beyond |\n|---|---|---|\n");
