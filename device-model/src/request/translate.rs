@@ -214,10 +214,10 @@ impl Drop for Access<'_> {
 
 /// A piece of RAM that an address stands for while the access lasts, to the end of its leaf.
 ///
-/// `read`, `write` and `copy_to` stay within a page of 4 KiB on each side: what RAM does not answer there is
-/// a bus error. Their `try_` forms reach as far as [`Page::rest`] allows on each side, and only say whether it
-/// was done: the pages of a leaf need not be in one piece of RAM. If it was not, the pages one
-/// by one ([`Page::within`]) tell how far RAM goes.
+/// `read`, `write` and `copy_to` stay within a page of 4 KiB on each side: what RAM does not answer
+/// there is a bus error. `try_copy_to` reaches as far as [`Page::rest`] allows on each side, and only
+/// says whether it was done: the pages of a leaf need not be in one piece of RAM. If it was not,
+/// the pages one by one ([`Page::within`]) tell how far RAM goes.
 pub(super) struct Page<'a> {
     access: &'a Access<'a>,
     iova: Iova,
@@ -225,7 +225,6 @@ pub(super) struct Page<'a> {
     rest: u64,
 }
 
-#[allow(dead_code)] // the long forms are new
 impl<'a> Page<'a> {
     /// Bytes from here to the end of the leaf; to the end of the 4 KiB page at least, and for a
     /// context that the oracle watches at most.
@@ -253,23 +252,9 @@ impl<'a> Page<'a> {
         self.bus(self.access.memory().read(self.gpa, to))
     }
 
-    /// Reads, within the leaf; whether it was read.
-    #[must_use]
-    pub(super) fn try_read(&self, to: &mut [u8]) -> bool {
-        debug_assert!(to.len() as u64 <= self.rest);
-        self.access.memory().read(self.gpa, to).is_ok()
-    }
-
     /// Writes, within the page.
     pub(super) fn write(&self, from: &[u8]) -> Result<(), Halt> {
         self.bus(self.access.memory().write(self.gpa, from))
-    }
-
-    /// Writes, within the leaf; whether it was written.
-    #[must_use]
-    pub(super) fn try_write(&self, from: &[u8]) -> bool {
-        debug_assert!(from.len() as u64 <= self.rest);
-        self.access.memory().write(self.gpa, from).is_ok()
     }
 
     /// Writes from `offset` bytes on, within the page.
