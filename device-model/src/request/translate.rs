@@ -137,7 +137,12 @@ impl Access<'_> {
         if from.is_some() {
             counters.walk_cache_hits.add(1);
         }
-        let found = walk(self.memory(), from.unwrap_or(root), iova, write);
+        let mut found = walk(self.memory(), from.unwrap_or(root), iova, write);
+        // Before software is asked for a page that it may have mapped: a table that it replaced
+        // without an invalidation is remembered still, and would be asked about for ever.
+        if from.is_some() && matches!(found, Err(WalkError::NotMapped)) {
+            found = walk(self.memory(), root, iova, write);
+        }
         let (leaf, tables) = found.map_err(|error| match error {
             WalkError::Broken => Halt::Broken(iova),
             WalkError::Bus(error) => self.bus_error(iova, error),

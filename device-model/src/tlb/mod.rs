@@ -17,7 +17,9 @@
 //! A table is remembered only together with a leaf that was found under it, and every
 //! invalidation removes the tables on the way to what it covers. Software that frees a table has
 //! taken out its last leaf before and invalidated it: so no remembered table is one that was
-//! freed. Levels above carry no rights, so that the leaf alone decides.
+//! freed. Levels above carry no rights, so that the leaf alone decides. A table that was replaced
+//! without an invalidation may be remembered; a walk that finds nothing in it is made again from
+//! the root.
 //!
 //! # What is inserted, and what is not
 //!

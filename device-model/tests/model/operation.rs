@@ -39,6 +39,9 @@ impl Operation {
             None | Some(Opcode::Nop | Opcode::Fence) => 0,
             _ => descriptor.len as usize,
         };
+        // An access is told to belong to an operand by its address.
+        let apart = descriptor.src.abs_diff(descriptor.dst) >= len as u64;
+        assert!(apart, "operands that overlap are not modelled");
         Self {
             record,
             descriptor,

@@ -22,7 +22,8 @@ use crate::common::{self, Guest, PAGE, Process, RING_LOG2};
 pub const CONTEXTS: u32 = 3;
 /// Single pages of a context, one after the other.
 pub const SMALL: u64 = 0x5555_0000_0000;
-pub const SMALL_PAGES: u64 = 6;
+/// Operands begin on the first pages of either half, and may be four pages long: they stay apart.
+pub const SMALL_PAGES: u64 = 12;
 /// A piece of the address space that may be one leaf of 2 MiB.
 pub const LARGE: u64 = 0x5555_4000_0000;
 const LARGE_SIZE: u64 = 2 << 20;
