@@ -5,26 +5,12 @@ mod wire;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 use extlb_spec::{BAR_REGS, regs};
 use wire::client::{Client, QEMU, VERSION, message, version_body};
-use wire::eventually;
-
-const BINARY: &str = env!("CARGO_BIN_EXE_extlb-device");
-
-fn start(arguments: &[&str], stdin: OwnedFd) -> Child {
-    let mut command = Command::new(BINARY);
-    command.args(arguments).stdin(stdin).stdout(Stdio::null());
-    command.spawn().expect("starts")
-}
-
-/// Waits for its end.
-fn end(mut child: Child) -> ExitStatus {
-    eventually("it ends", || child.try_wait().expect("waited").is_some());
-    child.wait().expect("waited")
-}
+use wire::program::{BINARY, Program};
 
 fn is_served(mut client: Client) {
     client.greet();
@@ -43,15 +29,15 @@ fn listener(path: &Path) -> OwnedFd {
 fn an_inherited_socket_that_listens_and_one_that_is_connected_are_served() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("s");
-    let child = start(&["--fd", "0", "--once"], listener(&path));
+    let program = Program::start(&["--fd", "0", "--once"], listener(&path));
     is_served(Client::silent(&path));
-    assert!(end(child).success());
+    assert!(program.end().success());
     assert!(path.exists(), "it is not the server's to remove");
     let (ours, theirs) = UnixStream::pair().expect("a pair");
     // Without --once: there is no other client.
-    let child = start(&["--fd", "0"], theirs.into());
+    let program = Program::start(&["--fd", "0"], theirs.into());
     is_served(Client::on(ours));
-    assert!(end(child).success());
+    assert!(program.end().success());
 }
 
 #[test]
@@ -59,14 +45,11 @@ fn sockets_of_a_service_manager_are_served() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("s");
     let script = "LISTEN_PID=$$ LISTEN_FDS=1 exec \"$0\" --once 3<&0 </dev/null";
-    let child = Command::new("sh")
-        .args(["-c", script, BINARY])
-        .stdin(listener(&path))
-        .stdout(Stdio::null())
-        .spawn()
-        .expect("starts");
+    let mut shell = Command::new("sh");
+    shell.args(["-c", script, BINARY]).stdin(listener(&path));
+    let program = Program::run(shell.stdout(Stdio::null()));
     is_served(Client::silent(&path));
-    assert!(end(child).success());
+    assert!(program.end().success());
 }
 
 fn run(arguments: &[&str]) -> Output {
@@ -115,12 +98,11 @@ fn what_cannot_be_served_is_said() {
 fn a_signal_ends_it_whatever_its_client_is_at() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("s");
-    let child = start(&["--fd", "0"], listener(&path));
+    let program = Program::start(&["--fd", "0"], listener(&path));
     let mut client = Client::silent(&path);
     let half = message(1, VERSION, 0, &version_body(0, QEMU));
     client.send_bytes(&half[..20], &[]).expect("sent");
     std::thread::sleep(Duration::from_millis(50));
-    let pid = nix::unistd::Pid::from_raw(child.id() as i32);
-    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).expect("sent");
-    assert_eq!(end(child).code(), None);
+    nix::sys::signal::kill(program.pid(), nix::sys::signal::Signal::SIGTERM).expect("sent");
+    assert_eq!(program.end().code(), None);
 }

@@ -4,15 +4,16 @@
 mod wire;
 
 use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::io::BufReader;
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Output};
 
 use extlb_device::Config;
 use extlb_device::record::{Ended, Options, Replayed, replay};
 use extlb_spec::pte::Pte;
 use extlb_spec::work::{Descriptor, Opcode, Status};
 use extlb_spec::{Gpa, regs};
+use wire::program::{BINARY, Program};
 use wire::*;
 
 const SRC: u64 = 0x10_0000;
@@ -65,8 +66,7 @@ fn replayed(file: &Path) -> Replayed {
 }
 
 fn command(arguments: &[&str]) -> Output {
-    let device = env!("CARGO_BIN_EXE_extlb-device");
-    let output = Command::new(device).args(arguments).output();
+    let output = Command::new(BINARY).args(arguments).output();
     output.expect("runs")
 }
 
@@ -139,24 +139,14 @@ fn a_run_of_a_broken_device_is_replayed() {
 fn a_run_of_a_server_that_was_killed_is_replayed_as_far_as_it_goes() {
     let folder = tempfile::tempdir().expect("a folder");
     let (socket, run) = (folder.path().join("socket"), folder.path().join("run"));
-    let mut server = Command::new(env!("CARGO_BIN_EXE_extlb-device"))
-        .arg("--socket-path")
-        .arg(&socket)
-        .arg("--record")
-        .arg(&run)
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("runs");
-    let mut line = String::new();
-    let out = server.stdout.take().expect("piped");
-    BufReader::new(out).read_line(&mut line).expect("read");
+    let recorded = ["--record", run.to_str().expect("UTF-8")];
+    let server = Program::listening(&socket, &recorded);
     let mut wire = Wire::connect(&socket);
     drive(&mut wire, true);
     // The device sleeps: then all is in the file.
     let size = || std::fs::metadata(&run).expect("a file").len();
     eventually("the file is written", || size() > 10_000);
-    server.kill().expect("killed");
-    server.wait().expect("ended");
+    server.kill();
     let replayed = replayed(&run);
     assert_eq!(replayed.ended, Ended::Cut);
     assert!(replayed.calls > 20);

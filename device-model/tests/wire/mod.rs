@@ -2,6 +2,7 @@
 #![allow(dead_code)] // each test file uses its part
 
 pub mod client;
+pub mod program;
 
 use std::fs::File;
 use std::mem::offset_of;
