@@ -3,6 +3,7 @@
 mod common;
 mod workload;
 
+use std::collections::BTreeMap;
 use std::io::{self, Cursor, Write};
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -11,11 +12,12 @@ use extlb_device::Config;
 use extlb_device::config::Policy;
 use extlb_device::record::{
     Answer, Difference, Ended, Entry, LogError, Options, Recorder, ReplayError, Replayed, Request,
-    replay,
+    Return, replay,
 };
 use extlb_spec::Iova;
 use extlb_spec::work::{Opcode, Status};
 use proptest::prelude::*;
+use serde_json::Value;
 use workload::{Random, Workload};
 
 /// A file in memory that the test keeps.
@@ -170,6 +172,77 @@ fn a_bit_of_what_was_read_is_noticed_where_it_has_its_effect() {
     // The completion record, without its status.
     for write in [&difference.logged, &difference.replayed] {
         assert!(write.contains(", 28 bytes: "), "{difference}");
+    }
+}
+
+/// What a call returned, by name, and what it did not return.
+fn otherwise(returned: &Return) -> (&'static str, Vec<Return>) {
+    match returned {
+        Return::Nothing => ("nothing", vec![Return::Idle, Return::Data(vec![])]),
+        Return::Data(data) => {
+            let (mut bit, longer) = (data.clone(), [&data[..], &[0]].concat());
+            bit[data.len() - 1] ^= 0x80;
+            let others = [bit, longer].map(Return::Data);
+            ("data", [&others[..], &[Return::Nothing]].concat())
+        }
+        Return::Busy => ("busy", vec![Return::Waiting]),
+        Return::Waiting => ("waiting", vec![Return::Idle]),
+        Return::Idle => ("idle", vec![Return::Busy]),
+    }
+}
+
+/// Replays a log with another entry in the place of one.
+fn with_entry(parts: &Parts, at: usize, entry: Entry) -> Difference {
+    let (header, mut entries) = (parts.header.clone(), parts.entries.clone());
+    entries[at] = entry;
+    difference(replayed(assemble(&Parts { header, entries }), None))
+}
+
+#[test]
+fn what_a_call_returns_is_compared() {
+    let (log, _) = record(11, 800);
+    let parts = take_apart(&log);
+    let mut tried = BTreeMap::new();
+    for (at, entry) in parts.entries.iter().enumerate() {
+        let Entry::Return(returned) = entry else {
+            continue;
+        };
+        let (kind, others) = otherwise(returned);
+        let tried = tried.entry(kind).or_insert(0);
+        // Some of each kind: the rest is like them.
+        *tried += 1;
+        for other in others.into_iter().filter(|_| *tried <= 4) {
+            let difference = with_entry(&parts, at, Entry::Return(other.clone()));
+            assert_eq!(difference.entry, at as u64, "{returned:?}, not {other:?}");
+            assert!(difference.call.is_some(), "{difference}");
+            assert_ne!(difference.logged, difference.replayed);
+        }
+    }
+    let kinds: Vec<_> = tried.into_keys().collect();
+    assert_eq!(kinds, ["busy", "data", "idle", "nothing", "waiting"]);
+}
+
+#[test]
+fn the_totals_at_the_end_are_compared() {
+    let (log, outcome) = record(12, 800);
+    let parts = take_apart(&log);
+    let end = parts.entries.len() - 1;
+    let good = serde_json::to_value(outcome.totals).expect("JSON");
+    let said = match &parts.entries[end] {
+        Entry::End(said) => said,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(serde_json::from_str::<Value>(said).expect("JSON"), good);
+    for (field, value) in good.as_object().expect("counters") {
+        // As it is written, so that nothing else differs than this.
+        let (right, wrong) = [0, 1]
+            .map(|more| format!("\"{field}\":{}", value.as_u64().expect("a number") + more))
+            .into();
+        let wrong = said.replacen(&right, &wrong, 1);
+        assert_ne!(&wrong, said, "{field}");
+        let difference = with_entry(&parts, end, Entry::End(wrong.clone()));
+        assert_eq!(difference.entry, end as u64, "{field}");
+        assert_eq!((&difference.logged, &difference.replayed), (&wrong, said));
     }
 }
 
