@@ -6,8 +6,8 @@ mod model;
 use std::sync::Arc;
 
 use extlb_spec::page_request::Response;
-use extlb_spec::work::{Descriptor, Opcode};
-use model::world::{CONTEXTS, Change, LARGE, SMALL, SMALL_PAGES, World};
+use extlb_spec::work::{Descriptor, Opcode, Segment, flags};
+use model::world::{CONTEXTS, Change, LARGE, LISTS, SMALL, SMALL_PAGES, World};
 use model::{Command, Scope};
 use proptest::prelude::*;
 
@@ -20,6 +20,58 @@ enum Place {
     Large(u64),
     Ring,
     Records,
+    Lists,
+}
+
+/// What beside its opcode and its operands an operation has.
+#[derive(Clone, Copy, Debug, Default)]
+struct Manner {
+    quiet: bool,
+    /// The operands are lists, if the operation takes one there.
+    lists: [Option<Cut>; 2],
+}
+
+/// How an operand is cut into a list.
+#[derive(Clone, Copy, Debug)]
+struct Cut {
+    /// In thousandths of its length.
+    at: [u64; 2],
+    order: Order,
+    /// A segment of nothing at the end.
+    empty: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Order {
+    Forward,
+    Backward,
+    /// The first segment is lost.
+    Short,
+    /// One byte too many at the end.
+    Long,
+}
+
+impl Cut {
+    fn list(self, addr: u64, len: u64) -> Vec<Segment> {
+        let [a, b] = self.at.map(|at| len * at / 1000);
+        let (a, b) = (a.min(b), a.max(b));
+        let mut list: Vec<_> = [(0, a), (a, b), (b, len)]
+            .map(|(from, to)| Segment {
+                addr: addr + from,
+                len: to - from,
+            })
+            .into();
+        match self.order {
+            Order::Forward => {}
+            Order::Backward => list.reverse(),
+            Order::Short => drop(list.remove(0)),
+            Order::Long => list[2].len += 1,
+        }
+        if self.empty {
+            list.push(Segment::default());
+        }
+        list
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -44,6 +96,7 @@ enum Action {
         dst: Place,
         offset: u64,
         len: u64,
+        manner: Manner,
         kick: bool,
     },
     Ring(u32),
@@ -81,6 +134,7 @@ enum Action {
         work: Work,
         place: Place,
         change: Change,
+        manner: Manner,
         restart: bool,
         drained: bool,
     },
@@ -100,7 +154,7 @@ fn address(place: Place, target: bool) -> u64 {
     match place {
         Place::Small(n) => SMALL + (n % half + if target { half } else { 0 }) * PAGE,
         Place::Large(n) => LARGE + (n % 4 + if target { 508 } else { 0 }) * PAGE,
-        Place::Ring | Place::Records => SMALL,
+        Place::Ring | Place::Records | Place::Lists => SMALL,
     }
 }
 
@@ -109,6 +163,7 @@ fn page(world: &World, context: u32, place: Place, target: bool) -> u64 {
     match place {
         Place::Ring => process.ring.0,
         Place::Records => process.records.0,
+        Place::Lists => LISTS,
         _ => address(place, target),
     }
 }
@@ -123,6 +178,33 @@ fn shoot(world: &World, scope: Scope, shoot: Shoot) {
     (0..shoot.steps).for_each(|_| world.queue_step());
 }
 
+fn submit(
+    world: &World,
+    context: u32,
+    work: Work,
+    descriptor: Descriptor,
+    manner: Manner,
+    kick: bool,
+) {
+    let takes = match work {
+        Work::Copy | Work::Compare => [true, true],
+        Work::Fill => [false, true],
+        Work::Crc => [true, false],
+        _ => [false, false],
+    };
+    let list = |i: usize, addr| {
+        let cut = manner.lists[i].filter(|_| takes[i])?;
+        Some(cut.list(addr, descriptor.len))
+    };
+    let lists = [list(0, descriptor.src), list(1, descriptor.dst)];
+    let flags = if manner.quiet { flags::QUIET } else { 0 };
+    let descriptor = Descriptor {
+        flags,
+        ..descriptor
+    };
+    world.submit(context, descriptor, lists, kick);
+}
+
 fn act(world: &Arc<World>, action: &Action) -> Result<(), String> {
     match action {
         Action::Submit {
@@ -132,12 +214,12 @@ fn act(world: &Arc<World>, action: &Action) -> Result<(), String> {
             dst,
             offset,
             len,
+            manner,
             kick,
-        } => world.submit(
-            *context,
-            descriptor(*work, *src, *dst, *offset, *len),
-            *kick,
-        ),
+        } => {
+            let descriptor = descriptor(*work, *src, *dst, *offset, *len);
+            submit(world, *context, *work, descriptor, *manner, *kick);
+        }
         Action::Ring(context) => world.ring(*context),
         Action::Engine(steps) => (0..*steps).for_each(|_| world.engine_step()),
         Action::Start(context) => world.start(*context),
@@ -156,11 +238,13 @@ fn act(world: &Arc<World>, action: &Action) -> Result<(), String> {
             work,
             place,
             change,
+            manner,
             restart,
             drained,
         } => {
             let again = || {
-                world.submit(*context, descriptor(*work, *place, *place, 8, 64), true);
+                let descriptor = descriptor(*work, *place, *place, 8, 64);
+                submit(world, *context, *work, descriptor, *manner, true);
                 (0..6).for_each(|_| world.engine_step());
             };
             again();
@@ -200,7 +284,7 @@ fn kernel(world: &World, action: &Action) {
                 let page = page(world, *context, *place, target);
                 world.change_leaf(*context, page, *change);
                 shoot(world, Scope::Range(*context, page, page + PAGE), *how);
-                if matches!(place, Place::Ring | Place::Records) {
+                if matches!(place, Place::Ring | Place::Records | Place::Lists) {
                     break;
                 }
             }
@@ -307,6 +391,7 @@ fn place() -> impl Strategy<Value = Place> {
         3 => (0..4u64).prop_map(Place::Large),
         1 => Just(Place::Ring),
         1 => Just(Place::Records),
+        1 => Just(Place::Lists),
     ]
 }
 
@@ -329,6 +414,22 @@ fn work() -> impl Strategy<Value = Work> {
         2 => Just(Work::Fill),
         3 => Just(Work::Copy),
     ]
+}
+
+fn manner() -> impl Strategy<Value = Manner> {
+    let order = prop_oneof![
+        4 => Just(Order::Forward),
+        4 => Just(Order::Backward),
+        1 => Just(Order::Short),
+        1 => Just(Order::Long),
+    ];
+    let cut = ([0..1000u64, 0..1000u64], order, any::<bool>()).prop_map(|(at, order, empty)| Cut {
+        at,
+        order,
+        empty,
+    });
+    let list = || prop::option::weighted(0.3, cut.clone());
+    (prop::bool::weighted(0.3), [list(), list()]).prop_map(|(quiet, lists)| Manner { quiet, lists })
 }
 
 fn how() -> impl Strategy<Value = Shoot> {
@@ -386,16 +487,18 @@ fn action() -> impl Strategy<Value = Action> {
         operand(),
         0..PAGE,
         1..3 * PAGE,
+        manner(),
         prop::bool::weighted(0.8),
     )
         .prop_map(
-            |(context, work, src, dst, offset, len, kick)| Action::Submit {
+            |(context, work, src, dst, offset, len, manner, kick)| Action::Submit {
                 context,
                 work,
                 src,
                 dst,
                 offset,
                 len,
+                manner,
                 kick,
             },
         );
@@ -417,14 +520,16 @@ fn action() -> impl Strategy<Value = Action> {
             work(),
             operand(),
             change(),
+            manner(),
             prop::bool::weighted(0.3),
             any::<bool>(),
         )
-            .prop_map(|(context, work, place, change, restart, drained)| Action::Again {
+            .prop_map(|(context, work, place, change, manner, restart, drained)| Action::Again {
                 context,
                 work,
                 place,
                 change,
+                manner,
                 restart,
                 drained,
             }),

@@ -661,6 +661,11 @@ impl Process {
         self.word(offset_of!(ContextShadow, error))
     }
 
+    /// How many submissions there were.
+    pub fn submitted(&self) -> u64 {
+        self.tail.load(Ordering::SeqCst)
+    }
+
     /// Submissions that are not retired.
     pub fn ahead(&self) -> u32 {
         let tail = self.tail.load(Ordering::SeqCst) as u32;

@@ -84,6 +84,10 @@ pub struct Context {
     pub ring: u64,
     pub records: Gpa,
     pub record_page: u64,
+    /// The page that the lists are in.
+    pub lists: u64,
+    /// Where the device says how many operations have ended.
+    pub head: Gpa,
     /// The page table as it is; a page that is not here maps nothing.
     pub pages: BTreeMap<u64, Leaf>,
     /// What a walk may have found, beside what it finds now.
@@ -92,6 +96,8 @@ pub struct Context {
     groups: Vec<Group>,
     /// All numbers there ever were.
     numbers: HashSet<u32>,
+    /// How many have ended since the context was started.
+    retired: u32,
     /// Operations since the last fence that did not end with success.
     pub unsuccessful: u64,
     /// Submitted without looking whether the device sleeps.
@@ -337,9 +343,59 @@ impl Model {
         Some((c, page + at.page_offset()))
     }
 
+    /// The operation of a context that may be under way. Of one that is quiet and has done all
+    /// that it has to do, nothing more is seen: what is seen then is of the next.
+    fn under_way(&mut self, c: u32) -> Option<&mut Operation> {
+        while let Some(operation) = self.contexts[c as usize].operations.front() {
+            let unsuccessful = self.contexts[c as usize].unsuccessful;
+            if !operation.is_quiet() || operation.may_succeed(unsuccessful).is_err() {
+                break;
+            }
+            self.retire(c, true);
+        }
+        self.contexts[c as usize].operations.front_mut()
+    }
+
+    /// The operation that is under way has ended.
+    fn retire(&mut self, c: u32, success: bool) -> Option<Operation> {
+        let context = &mut self.contexts[c as usize];
+        let operation = context.operations.pop_front()?;
+        context.retired += 1;
+        context.unsuccessful = match operation.is_fence() {
+            true => 0,
+            false => context.unsuccessful + u64::from(!success),
+        };
+        match success {
+            true => self.counts.completed += 1,
+            false => self.counts.faulted += 1,
+        }
+        Some(operation)
+    }
+
+    /// Whose `head` is here.
+    fn head_at(&self, at: Gpa) -> Option<u32> {
+        let mut contexts = (0..).zip(&self.contexts);
+        contexts.find_map(|(c, context)| (context.head == at).then_some(c))
+    }
+
+    /// A context's shadow page says that so many operations have ended.
+    fn told(&mut self, c: u32, head: u32) {
+        while self.contexts[c as usize].retired != head {
+            let context = &self.contexts[c as usize];
+            let quiet = context.operations.front().filter(|op| op.is_quiet());
+            let ended = quiet.map(|op| op.may_succeed(context.unsuccessful));
+            if ended.is_none_or(|ended| ended.is_err()) {
+                let retired = context.retired;
+                let why = format!("context {c}: head {head}, and {retired} ended: {ended:?}");
+                return self.fail(why);
+            }
+            self.retire(c, true);
+        }
+    }
+
     /// The operation of a context that may be under way, and where in it an address is.
     fn operand(&mut self, c: u32, iova: u64, len: u64, write: bool) -> Option<Operand> {
-        let operation = self.contexts[c as usize].operations.front();
+        let operation = self.under_way(c);
         let operand = operation.and_then(|op| op.operand(iova, len, write));
         if operand.is_none() {
             self.fail(format!("context {c}, {iova:#x}, {len} bytes: no operand"));
@@ -355,6 +411,11 @@ impl Model {
         }
         let c = record.context;
         let what = format!("{record:?}");
+        // The ring is read for what nothing is known of yet.
+        if record.kind == RequestKind::Page as u32 && record.iova != self.contexts[c as usize].ring
+        {
+            self.under_way(c);
+        }
         let context = &mut self.contexts[c as usize];
         if !context.runs || context.failed {
             return self.fail(format!("{what}: the context does not run"));
@@ -472,6 +533,7 @@ impl Context {
         self.runs = false;
         self.failed = false;
         self.unrung = false;
+        self.retired = 0;
         self.unsuccessful = 0;
         self.errors.clear();
         self.operations.clear();

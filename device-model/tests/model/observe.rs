@@ -93,9 +93,18 @@ impl Observed {
             if super::page_of(iova) == ring && !write {
                 return;
             }
+            if super::page_of(iova) == c.lists {
+                let next = model.under_way(context);
+                if !next.is_some_and(|op| !write && op.saw_segment(iova, bytes.len())) {
+                    model.fail(format!(
+                        "context {context}, {iova:#x}: not the next segment"
+                    ));
+                }
+                return;
+            }
             if at.page() == records {
                 // All of a record but its status.
-                let (own, offset) = match c.operations.front() {
+                let (own, offset) = match model.under_way(context) {
                     Some(op) => (op.record, at.page_offset()),
                     None => return model.fail("a record of nothing"),
                 };
@@ -131,20 +140,11 @@ impl Observed {
                 "context {context}, record {:#x}: {record:?}",
                 at.page_offset()
             );
-            let c = &mut model.contexts[context as usize];
-            let Some(op) = c.operations.pop_front() else {
+            model.under_way(context);
+            let unsuccessful = model.contexts[context as usize].unsuccessful;
+            let Some(op) = model.retire(context, status == 1) else {
                 return model.fail(format!("{what}: nothing is under way"));
             };
-            let unsuccessful = c.unsuccessful;
-            let success = status == 1;
-            c.unsuccessful = match op.is_fence() {
-                true => 0,
-                false => unsuccessful + u64::from(!success),
-            };
-            match success {
-                true => model.counts.completed += 1,
-                false => model.counts.faulted += 1,
-            }
             if read.is_err() || at.page_offset() != op.record {
                 model.fail(format!("{what}: out of order"));
             }
@@ -234,6 +234,8 @@ impl Dma for Observed {
         self.begin(at);
         if at == word(std::mem::offset_of!(KernelShadow, iq_head)) {
             self.with(|model| model.reached(value));
+        } else if let Some(context) = self.with(|model| model.head_at(at)) {
+            self.with(|model| model.told(context, value));
         } else if let Some((context, _)) = self.data(&[(at, true)]) {
             self.completed(context, at, value);
         }

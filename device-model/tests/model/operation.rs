@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use extlb_spec::work::{Completion, Descriptor, Opcode, Status};
+use extlb_spec::work::{Completion, Descriptor, Opcode, Segment, Status, flags};
 
 use super::page_of;
 use crate::common::PAGE;
@@ -14,6 +14,71 @@ pub struct Operand {
     pub offset: usize,
 }
 
+/// Where the bytes of an operand are: in one range, or in those of a list.
+#[derive(Clone, Debug)]
+struct Place {
+    /// The address of the list.
+    list: Option<u64>,
+    segments: Vec<Segment>,
+    /// How many of them the device knows: it reads a list one by one.
+    known: usize,
+    /// Bytes of the operation.
+    len: u64,
+}
+
+impl Place {
+    fn new(addr: u64, list: Option<Vec<Segment>>, len: u64) -> Self {
+        Self {
+            list: list.is_some().then_some(addr),
+            known: usize::from(list.is_none()),
+            segments: list.unwrap_or_else(|| vec![Segment { addr, len }]),
+            len,
+        }
+    }
+
+    /// The offset of each segment in the operation, to the first that does not fit.
+    fn fitting(&self) -> impl Iterator<Item = (u64, Segment)> {
+        let mut offset = 0;
+        self.segments.iter().map_while(move |segment| {
+            let start = offset;
+            offset += segment.len;
+            (offset <= self.len).then_some((start, *segment))
+        })
+    }
+
+    /// What is wrong with the list: at which offset, and at which address, it is found.
+    fn bad(&self) -> Option<(u64, u64)> {
+        let list = self.list?;
+        let (count, end) = self.fitting().fold((0, 0), |(count, _), (start, segment)| {
+            (count + 1, start + segment.len)
+        });
+        let fits = count == self.segments.len() && end == self.len;
+        (!fits).then_some((end, list + (count * Segment::SIZE) as u64))
+    }
+
+    /// Where in the operation these bytes are.
+    fn find(&self, iova: u64, len: u64) -> Option<usize> {
+        self.fitting()
+            .take(self.known)
+            .find_map(|(start, segment)| {
+                let offset = iova.checked_sub(segment.addr)?;
+                (offset + len <= segment.len).then_some((start + offset) as usize)
+            })
+    }
+
+    /// Whether a page is in the ranges that the device knows.
+    fn touches(&self, page: u64) -> bool {
+        let mut known = self.fitting().take(self.known);
+        known.any(|(_, s)| s.len > 0 && (page_of(s.addr)..s.addr + s.len).contains(&page))
+    }
+
+    /// The next segment of the list, if one is left.
+    fn next(&self) -> Option<u64> {
+        let at = self.list? + (self.known * Segment::SIZE) as u64;
+        (self.known < self.segments.len()).then_some(at)
+    }
+}
+
 #[derive(Clone, Debug)]
 pub struct Operation {
     /// Where in the page of records its record is.
@@ -21,6 +86,7 @@ pub struct Operation {
     pub descriptor: Descriptor,
     opcode: Option<Opcode>,
     len: usize,
+    places: [Place; 2],
     /// What was read of each operand.
     source: Vec<Option<u8>>,
     target: Vec<Option<u8>>,
@@ -33,20 +99,31 @@ pub struct Operation {
 }
 
 impl Operation {
-    pub fn new(record: u64, descriptor: Descriptor) -> Self {
+    /// With the lists that its operands are.
+    pub fn new(record: u64, descriptor: Descriptor, lists: [Option<Vec<Segment>>; 2]) -> Self {
         let opcode = Opcode::from_raw(descriptor.opcode);
         let len = match opcode {
             None | Some(Opcode::Nop | Opcode::Fence) => 0,
             _ => descriptor.len as usize,
         };
+        let [src, dst] = lists;
+        let places = [
+            Place::new(descriptor.src, src, len as u64),
+            Place::new(descriptor.dst, dst, len as u64),
+        ];
         // An access is told to belong to an operand by its address.
-        let apart = descriptor.src.abs_diff(descriptor.dst) >= len as u64;
-        assert!(apart, "operands that overlap are not modelled");
+        let ranges = || places.iter().flat_map(Place::fitting).enumerate();
+        for (i, (_, a)) in ranges() {
+            let apart = |b: Segment| a.addr + a.len <= b.addr || b.addr + b.len <= a.addr;
+            let apart = ranges().all(|(j, (_, b))| i == j || apart(b));
+            assert!(apart, "operands that overlap are not modelled");
+        }
         Self {
             record,
             descriptor,
             opcode,
             len,
+            places,
             source: vec![None; len],
             target: vec![None; len],
             written: vec![false; len],
@@ -71,31 +148,46 @@ impl Operation {
 
     /// Where an access is in the operands, if it is in one and is what this one is for.
     pub fn operand(&self, iova: u64, len: u64, write: bool) -> Option<Operand> {
-        let within = |start: u64, source: bool| {
-            let offset = iova.checked_sub(start)?;
-            (offset + len <= self.len as u64).then_some(Operand {
-                source,
-                offset: offset as usize,
-            })
+        let [src, dst] = &self.places;
+        let within = |place: &Place, source| {
+            let offset = place.find(iova, len)?;
+            Some(Operand { source, offset })
         };
-        let d = &self.descriptor;
-        let source = (!write && self.reads_source()).then(|| within(d.src, true));
+        let source = (!write && self.reads_source()).then(|| within(src, true));
         let target = match write {
             true => self.writes_target(),
             false => self.reads_target(),
         };
-        let target = target.then(|| within(d.dst, false));
+        let target = target.then(|| within(dst, false));
         source.flatten().or(target.flatten())
     }
 
     /// Whether it needs a page in this way.
     pub fn needs(&self, page: u64, write: bool) -> bool {
-        let touches =
-            |start: u64| self.len > 0 && (page_of(start)..start + self.len as u64).contains(&page);
-        let d = &self.descriptor;
-        !write && self.reads_source() && touches(d.src)
-            || write && self.writes_target() && touches(d.dst)
-            || !write && self.reads_target() && touches(d.dst)
+        let [src, dst] = &self.places;
+        let next = |place: &Place| place.next().map(page_of) == Some(page);
+        !write && self.reads_source() && src.touches(page)
+            || write && self.writes_target() && dst.touches(page)
+            || !write && self.reads_target() && dst.touches(page)
+            || !write && (next(src) || next(dst))
+    }
+
+    /// The next segment of a list is read; whether it is that.
+    pub fn saw_segment(&mut self, iova: u64, len: usize) -> bool {
+        let next = self.places.iter_mut().find(|p| p.next() == Some(iova));
+        match next {
+            Some(place) if len == Segment::SIZE => {
+                place.known += 1;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// What is wrong with its lists: the first is found.
+    fn bad_list(&self) -> Option<(u64, u64)> {
+        let bad = self.places.iter().filter_map(Place::bad);
+        bad.min_by_key(|(offset, _)| *offset)
     }
 
     pub fn saw(&mut self, operand: Operand, bytes: &[u8]) {
@@ -131,46 +223,55 @@ impl Operation {
         }
     }
 
-    /// Whether the operation may end so now. `unsuccessful`: operations before it since the last
-    /// fence.
-    pub fn may_end(&self, record: &Completion, unsuccessful: u64) -> Result<(), &'static str> {
+    /// Whether the operation may end with success now, and its result. `unsuccessful`: operations
+    /// before it since the last fence.
+    pub fn may_succeed(&self, unsuccessful: u64) -> Result<u64, &'static str> {
         let full = |bytes: &[Option<u8>]| bytes.iter().all(Option::is_some);
         let all_written = self.written.iter().all(|written| *written);
+        let reads = matches!(self.opcode, Some(Opcode::Crc32c | Opcode::Compare));
+        let read_out = self.places.iter().all(|place| place.next().is_none());
+        let fence = self.is_fence();
+        check(self.refused.is_empty(), "success in spite of a refusal")?;
+        check(self.opcode.is_some(), "success of no operation")?;
+        check(self.bad_list().is_none(), "success of a bad list")?;
+        check(read_out, "before the lists were read")?;
+        check(
+            !self.writes_target() || all_written,
+            "before all was written",
+        )?;
+        check(!reads || full(&self.source), "before all was read")?;
+        check(!fence || unsuccessful == 0, "a fence that misses a failure")?;
+        match self.opcode {
+            Some(Opcode::Crc32c) => {
+                let bytes: Vec<u8> = self.source.iter().flatten().copied().collect();
+                let crc = crc32c::crc32c_append(self.descriptor.arg as u32, &bytes);
+                Ok(crc.into())
+            }
+            Some(Opcode::FetchAdd | Opcode::CompareSwap) => {
+                check(self.found.len() == 1, "not exactly once")?;
+                Ok(self.found[0])
+            }
+            Some(Opcode::Compare) => {
+                check(self.source == self.target, "they differ")?;
+                Ok(0)
+            }
+            _ => Ok(0),
+        }
+    }
+
+    /// Whether the operation may end so now.
+    pub fn may_end(&self, record: &Completion, unsuccessful: u64) -> Result<(), &'static str> {
         let bytes = record.bytes as usize;
-        let check = |good: bool, what: &'static str| if good { Ok(()) } else { Err(what) };
+        let done = |at: usize| match self.writes_target() {
+            true => self.written[at],
+            false => self.source[at].is_some(),
+        };
+        let all_done = bytes <= self.len && (0..bytes).all(done);
         match Status::from_raw(record.status) {
             Some(Status::Success) => {
-                check(self.refused.is_empty(), "success in spite of a refusal")?;
-                check(self.opcode.is_some(), "success of no operation")?;
-                check(
-                    !self.writes_target() || all_written,
-                    "before all was written",
-                )?;
-                check(
-                    !matches!(self.opcode, Some(Opcode::Crc32c | Opcode::Compare))
-                        || full(&self.source),
-                    "before all was read",
-                )?;
-                let result = match self.opcode {
-                    Some(Opcode::Crc32c) => {
-                        let bytes: Vec<u8> = self.source.iter().flatten().copied().collect();
-                        u64::from(crc32c::crc32c_append(self.descriptor.arg as u32, &bytes))
-                    }
-                    Some(Opcode::FetchAdd | Opcode::CompareSwap) => {
-                        check(self.found.len() == 1, "not exactly once")?;
-                        self.found[0]
-                    }
-                    Some(Opcode::Compare) => {
-                        check(self.source == self.target, "they differ")?;
-                        0
-                    }
-                    _ => 0,
-                };
+                let result = self.may_succeed(unsuccessful)?;
+                check(!self.is_quiet(), "a record that nobody wants")?;
                 check(record.result == result, "another result")?;
-                check(
-                    self.opcode != Some(Opcode::Fence) || unsuccessful == 0,
-                    "a fence that misses a failure",
-                )?;
                 check(bytes == self.len, "another count of bytes")
             }
             Some(Status::Mismatch) => {
@@ -184,14 +285,17 @@ impl Operation {
                 let page = page_of(record.fault_addr);
                 check(self.refused.contains(&page), "nobody refused it")?;
                 check(self.found.is_empty(), "a fault after the fact")?;
-                let done = |at: usize| match self.writes_target() {
-                    true => self.written[at],
-                    false => self.source[at].is_some(),
-                };
+                let list = self.places.iter().any(|place| place.list.is_some());
+                // Of a list the rest may be to be read when all else is done.
                 check(
-                    bytes < self.len && (0..bytes).all(done),
+                    all_done && (bytes < self.len || list),
                     "not all of it was done",
                 )
+            }
+            Some(Status::BadSegments) => {
+                let found = (record.bytes, record.fault_addr);
+                check(self.bad_list() == Some(found), "no bad segment there")?;
+                check(all_done, "not all of it was done")
             }
             Some(Status::BadDescriptor) => check(self.opcode.is_none(), "it is a good one"),
             Some(Status::EarlierFailed) => {
@@ -206,6 +310,15 @@ impl Operation {
     pub fn is_fence(&self) -> bool {
         self.opcode == Some(Opcode::Fence)
     }
+
+    /// It leaves no record when it succeeds.
+    pub fn is_quiet(&self) -> bool {
+        self.descriptor.flags & flags::QUIET != 0
+    }
+}
+
+fn check(good: bool, what: &'static str) -> Result<(), &'static str> {
+    if good { Ok(()) } else { Err(what) }
 }
 
 const _: () = assert!(PAGE == 4096);
