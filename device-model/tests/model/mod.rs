@@ -9,9 +9,10 @@
 
 pub mod observe;
 pub mod operation;
+mod parts;
 pub mod world;
 
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 
 use extlb_spec::context::ContextError;
 use extlb_spec::page_request::{PageRequest, RequestKind, Response, flags};
@@ -19,111 +20,8 @@ use extlb_spec::{Gpa, Iova, Vector};
 
 use crate::common::{IQ_LOG2, PAGE, PRQ_LOG2};
 use operation::{Operand, Operation};
-
-/// What a leaf maps a page to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Leaf {
-    pub frame: Gpa,
-    pub write: bool,
-}
-
-/// What an invalidation covers.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Scope {
-    Range(u32, u64, u64),
-    Context(u32),
-    All,
-}
-
-impl Scope {
-    fn covers(&self, context: u32, page: u64) -> bool {
-        match self {
-            Scope::Range(c, start, end) => *c == context && (*start..*end).contains(&page),
-            Scope::Context(c) => *c == context,
-            Scope::All => true,
-        }
-    }
-}
-
-/// A command that was posted and is not done.
-#[derive(Clone, Debug)]
-pub enum Command {
-    Invalidate(Scope),
-    Wait {
-        value: u64,
-        drained: bool,
-        interrupt: bool,
-        /// Posted in the middle of this access; 0 for none.
-        during: u64,
-        written: bool,
-    },
-    Start(u32),
-    Change(u32),
-    Stop(u32),
-    Respond(u32, u32, Response),
-}
-
-/// A page request that was not answered, or not all of its operation's were.
-#[derive(Clone, Debug)]
-struct Group {
-    number: u32,
-    page: u64,
-    write: bool,
-    answer: Option<Response>,
-}
-
-#[derive(Debug, Default)]
-pub struct Context {
-    pub runs: bool,
-    /// It has told its error, and does nothing more.
-    pub failed: bool,
-    /// Errors that it may, and must, tell.
-    errors: Vec<ContextError>,
-    pub credits: usize,
-    /// Pages that must be readable for the ring, and writable for the records.
-    pub ring: u64,
-    pub records: Gpa,
-    pub record_page: u64,
-    /// The page that the lists are in.
-    pub lists: u64,
-    /// Where the device says how many operations have ended.
-    pub head: Gpa,
-    /// The page table as it is; a page that is not here maps nothing.
-    pub pages: BTreeMap<u64, Leaf>,
-    /// What a walk may have found, beside what it finds now.
-    may: BTreeMap<u64, Vec<Option<Leaf>>>,
-    pub operations: VecDeque<Operation>,
-    groups: Vec<Group>,
-    /// All numbers there ever were.
-    numbers: HashSet<u32>,
-    /// How many have ended since the context was started.
-    retired: u32,
-    /// Operations since the last fence that did not end with success.
-    pub unsuccessful: u64,
-    /// Submitted without looking whether the device sleeps.
-    pub unrung: bool,
-}
-
-/// A frame that was taken out of a page table, and is not the kernel's yet.
-#[derive(Clone, Debug)]
-struct Removed {
-    frame: Gpa,
-    context: u32,
-    page: u64,
-    /// The index of a command that was posted after, and covers it.
-    shot: Option<u64>,
-}
-
-/// What the registers must say.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counts {
-    pub completed: u64,
-    pub faulted: u64,
-    pub page_requests: u64,
-    pub strays: u64,
-    pub invalidations: u64,
-    pub drains: u64,
-}
+pub use parts::{Command, Context, Counts, Leaf, Scope};
+use parts::{Group, Removed};
 
 #[derive(Debug, Default)]
 pub struct Model {
@@ -524,26 +422,6 @@ impl Model {
         else {
             return self.fail("an invalidation interrupt that nobody asked for, or too early");
         };
-    }
-}
-
-impl Context {
-    /// It is stopped: nothing of it is left, but the numbers of its groups.
-    fn stop(&mut self) {
-        self.runs = false;
-        self.failed = false;
-        self.unrung = false;
-        self.retired = 0;
-        self.unsuccessful = 0;
-        self.errors.clear();
-        self.operations.clear();
-        self.groups.clear();
-        self.may.clear();
-    }
-
-    /// Whether it has done all that it can do by itself.
-    pub fn is_settled(&self) -> bool {
-        !self.runs || self.failed || self.operations.is_empty()
     }
 }
 

@@ -1,5 +1,8 @@
 //! What must be so after every action, and when nothing is left to do.
 
+use std::mem::offset_of;
+
+use extlb_spec::context::ContextShadow;
 use extlb_spec::page_request::Response;
 use extlb_spec::regs;
 
@@ -16,6 +19,13 @@ impl World {
         let fatal = self.guest.fatal();
         if fatal != 0 {
             return Err(format!("fatal error {fatal}"));
+        }
+        for (process, context) in self.processes.iter().zip(&self.model().contexts) {
+            let head = process.word(offset_of!(ContextShadow, head));
+            if context.runs && !context.failed && head != context.retired {
+                let why = format!("head is {head}, and {} ended", context.retired);
+                return Err(format!("context {}: {why}", process.context));
+            }
         }
         let (now, base) = (self.model().counts, *self.base.lock().unwrap());
         let found = Counts {
