@@ -10,9 +10,10 @@ use std::sync::atomic::Ordering;
 use extlb_device::Config;
 use extlb_device::config::SchedulePolicy;
 use extlb_spec::context::{ContextError, ContextShadow};
+use extlb_spec::page_request::{RequestKind, Response};
 use extlb_spec::pte::{Pte, bit};
-use extlb_spec::work::{Descriptor, Opcode, Segment, flags};
-use extlb_spec::{Gpa, Iova, regs};
+use extlb_spec::work::{Descriptor, Opcode, Segment, Status, flags};
+use extlb_spec::{Gpa, Iova, MAX_CONTEXTS, regs};
 
 const SRC: u64 = 0x5555_0000_0000;
 const DST: u64 = 0x5555_1000_0000;
@@ -155,8 +156,8 @@ fn list(segments: Vec<Segment>) -> Vec<u8> {
 }
 
 /// Programs that mean harm, by name.
-fn hostile(name: &str, guest: &Guest) -> Program {
-    let process = guest.process(2);
+fn hostile(name: &str, guest: &Guest, context: u32) -> Program {
+    let process = guest.process(context);
     let quiet = |descriptor| Descriptor {
         flags: flags::QUIET,
         ..descriptor
@@ -256,7 +257,7 @@ fn a_hostile_program_takes_no_more_than_its_share() {
         "words all over the place",
         "one long copy backwards",
     ] {
-        let beside = accesses(|guest| vec![hostile(name, guest)]);
+        let beside = accesses(|guest| vec![hostile(name, guest, 2)]);
         // Half of the engine, give or take what accesses differ in price.
         assert!(beside <= alone * 3, "{name}: {beside}, alone {alone}");
         let stops = ["an endless fault", "an overrun tail"].contains(&name);
@@ -265,6 +266,111 @@ fn a_hostile_program_takes_no_more_than_its_share() {
             "{name}: {beside}, alone {alone}"
         );
     }
+}
+
+/// Bytes of each operation of those who mean no harm.
+const BYTES: u32 = 1024;
+
+/// Steps the engine, with a kernel that answers each request and maps nothing.
+fn step_and_answer(guest: &Guest) {
+    guest.device.engine_step();
+    while let Some(request) = guest.take_request() {
+        if request.kind == RequestKind::Page as u32 {
+            guest.respond(&request, Response::Success);
+        }
+    }
+    while guest.commands_ahead() > 0 {
+        guest.device.invalidation_step();
+    }
+}
+
+/// Accesses that an operation takes when nobody else is there.
+fn price(config: &Config) -> f64 {
+    let guest = Guest::with(config.clone());
+    let mut programs = [copier(&guest, 1, BYTES.into())];
+    until(&guest, &mut programs, 16);
+    let (accesses, from) = (&guest.memory.accesses, programs[0].head());
+    let before = accesses.load(Ordering::SeqCst);
+    until(&guest, &mut programs, 1000);
+    let made = accesses.load(Ordering::SeqCst) - before;
+    made as f64 / f64::from(programs[0].head() - from)
+}
+
+/// All contexts that there can be, of several weights, with three among them that mean harm: the
+/// others get their shares, counted in what they could have done alone, and finish.
+#[test]
+fn all_contexts_at_once_beside_hostile_ones_get_their_shares() {
+    let mut config = with(SchedulePolicy::Fair);
+    // Room for the pages of all, so that it is turns that they compete for.
+    config.tlb.sets = 1024;
+    let price = price(&config);
+    let guest = Guest::with(config);
+    guest.set(regs::CTRL, 0);
+    guest.set(regs::CTX_COUNT, MAX_CONTEXTS.into());
+    guest.enable_as_is();
+    let weight = |context: u32| [1, 1, 2, 3][context as usize % 4];
+    let bad = [
+        (0, "an endless fault"),
+        (100, "a broken page table"),
+        (255, "garbage"),
+    ];
+    let is_bad = |context: u32| bad.iter().any(|(c, _)| *c == context);
+    let mut hostile: Vec<_> = bad.map(|(c, name)| hostile(name, &guest, c)).into();
+    let good = (0..MAX_CONTEXTS).filter(|c| !is_bad(*c));
+    let mut programs: Vec<_> = good
+        .map(|context| {
+            let process = guest.process(context);
+            process.map_fresh(Iova(SRC), 1);
+            process.map_fresh(Iova(DST), 1);
+            Program::new(process, |_| copy(SRC, DST, BYTES.into()))
+        })
+        .collect();
+    for program in programs.iter().chain(&hostile) {
+        let context = program.process.context;
+        program
+            .process
+            .write_entry(&guest, |e| e.weight = weight(context));
+        guest.sync(context);
+        guest.run();
+    }
+    let mut rounds = |programs: &mut [Program], steps: u32| {
+        for _ in 0..steps {
+            let all = programs.iter_mut().chain(&mut hostile);
+            all.for_each(|program| program.refill(&guest));
+            step_and_answer(&guest);
+        }
+    };
+    // Until all that is used has been used once.
+    rounds(&mut programs, 2 * MAX_CONTEXTS);
+    let heads = |programs: &[Program]| programs.iter().map(Program::head).collect::<Vec<_>>();
+    let (from, before) = (
+        heads(&programs),
+        guest.memory.accesses.load(Ordering::SeqCst),
+    );
+    rounds(&mut programs, 20 * MAX_CONTEXTS);
+    let time = guest.memory.accesses.load(Ordering::SeqCst) - before;
+    // As many operations one context could have had in this time, with the engine to itself.
+    let alone = time as f64 / price;
+    let all: u32 = (0..MAX_CONTEXTS).map(weight).sum();
+    for ((program, from), head) in programs.iter().zip(from).zip(heads(&programs)) {
+        let context = program.process.context;
+        let share = f64::from(weight(context)) / f64::from(all);
+        let part = f64::from(head - from) / alone / share;
+        assert!(part > 0.95, "context {context}: {part} of its share");
+    }
+    // What is submitted gets done, while those who mean harm go on.
+    let harm = |guest: &Guest| [regs::PAGE_REQUESTS, regs::OPS_FAULTED].map(|r| guest.get(r));
+    let harm_before = harm(&guest);
+    let submitted: Vec<_> = programs.iter().map(|p| p.submitted).collect();
+    rounds(&mut [], 20 * MAX_CONTEXTS);
+    assert_eq!(heads(&programs), submitted);
+    let more = harm(&guest).into_iter().zip(harm_before);
+    assert!(more.into_iter().all(|(after, before)| after > before + 20));
+    for program in &programs {
+        let last = program.process.status(u64::from(program.submitted) - 1);
+        assert_eq!(last, Some(Status::Success));
+    }
+    assert_eq!(guest.fatal(), 0);
 }
 
 #[test]
