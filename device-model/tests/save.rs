@@ -7,9 +7,9 @@ mod workload;
 use std::io::Cursor;
 use std::sync::{Arc, OnceLock};
 
+use common::saved::{body, device_of, file_of, file_saying, whole_device_of};
 use extlb_device::state::{Saved, StateError};
 use extlb_device::{Config, Device};
-use extlb_spec::regs;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use workload::{Outcome, Workload};
@@ -39,20 +39,11 @@ impl Run {
 
     /// The file of the device's state.
     fn save(&self) -> Vec<u8> {
-        let saved = Saved {
-            interface: regs::VERSION_VALUE,
-            config: self.config.clone(),
-            device: self.device.save().expect("saved"),
-            slot: None,
-        };
-        let mut file = Vec::new();
-        saved.write(&mut file).expect("written");
-        file
+        file_of(&self.device, &self.config)
     }
 
     fn restored(&self, file: &[u8]) -> Result<Device, StateError> {
-        let saved = Saved::read(Cursor::new(file))?;
-        Device::restore(saved.config, self.workload.ports.clone(), &saved.device)
+        device_of(file, &self.workload.ports)
     }
 
     /// Another device takes the place of this one, by way of a file, in which something is
@@ -60,7 +51,7 @@ impl Run {
     fn replace(&mut self, changed: impl Fn(&mut Value)) -> Result<(), StateError> {
         let mut body = body(&self.save());
         changed(&mut body["device"]);
-        self.device = Arc::new(self.restored(&file(&body))?);
+        self.device = Arc::new(self.restored(&file_saying(&body))?);
         self.workload.guest.device = self.device.clone();
         Ok(())
     }
@@ -98,6 +89,20 @@ proptest! {
         cuts in prop::collection::vec(0..1000u32, 1..20),
     ) {
         assert_same(&run(seed, 1000, &[]), &run(seed, 1000, &cuts));
+    }
+}
+
+/// Whatever there is: also what is added to the device one day.
+#[test]
+fn a_restored_device_has_all_that_was_saved() {
+    for seed in 0..4 {
+        let mut run = Run::new(seed);
+        for step in 0..400 {
+            run.workload.step();
+            if step % 16 == 15 {
+                whole_device_of(&run.save(), &run.workload.ports);
+            }
+        }
     }
 }
 
@@ -149,20 +154,6 @@ fn what_is_left_out_is_missed() {
         };
         assert!(differs(), "{path} is not missed");
     }
-}
-
-/// A file with a good first line, whatever is in it.
-fn file(body: &Value) -> Vec<u8> {
-    let body = serde_json::to_vec(body).expect("written");
-    let crc = crc32c::crc32c(&body);
-    let mut file = format!("extlb-state 1 {} {crc:08x}\n", body.len()).into_bytes();
-    file.extend(body);
-    file
-}
-
-fn body(file: &[u8]) -> Value {
-    let start = file.iter().position(|byte| *byte == b'\n').expect("a line") + 1;
-    serde_json::from_slice(&file[start..]).expect("JSON")
 }
 
 /// Every place in a value, itself and below.
@@ -256,7 +247,7 @@ proptest! {
             fields.remove(name);
         }
         let mut run = Run::new(3);
-        if let Ok(device) = run.restored(&file(&body)) {
+        if let Ok(device) = run.restored(&file_saying(&body)) {
             // Memory is another guest's: nothing in it fits, and yet nothing breaks.
             run.workload.guest.device = Arc::new(device);
             for _ in 0..100 {
@@ -312,7 +303,7 @@ fn errors_say_what_is_wrong() {
     ] {
         let mut body = body(good);
         *body.pointer_mut(place).expect(place) = value;
-        let said = said(file(&body));
+        let said = said(file_saying(&body));
         assert!(said.contains(words), "{place}: {said}");
     }
 }

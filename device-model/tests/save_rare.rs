@@ -2,24 +2,29 @@
 
 mod common;
 
-use std::io::Cursor;
+use std::mem::offset_of;
 use std::sync::Arc;
 use std::time::Duration;
 
+use common::saved::{body, device_of, file_of, file_saying, whole_device_of};
 use common::*;
 use extlb_device::config::Config;
-use extlb_device::ports::{Event, Ports};
-use extlb_device::state::{Saved, SlotState, StateError};
-use extlb_device::{Device, pci};
-use extlb_spec::page_request::RequestKind;
+use extlb_device::ports::{Dma as _, Event, Ports};
+use extlb_device::state::{SlotState, StateError};
+use extlb_device::{Device, Step, pci};
+use extlb_spec::context::ContextShadow;
+use extlb_spec::invalidation::KernelShadow;
+use extlb_spec::page_request::{RequestKind, Response};
+use extlb_spec::pte::Pte;
 use extlb_spec::regs::{self, FatalError, StaleKind};
-use extlb_spec::work::{Opcode, Status};
-use extlb_spec::{BAR_REGS, Iova, Vector};
+use extlb_spec::work::{Descriptor, Opcode, Status, flags as work_flags};
+use extlb_spec::{BAR_REGS, Gpa, Iova, Vector};
 
 const SRC: u64 = 0x5000_0000;
 
 /// A guest whose device is made anew from its state, now and then.
 struct Fresh {
+    config: Config,
     guest: Guest,
     ports: Ports,
     device: Arc<Device>,
@@ -27,14 +32,19 @@ struct Fresh {
 
 impl Fresh {
     fn new() -> Self {
+        Self::with(config())
+    }
+
+    fn with(config: Config) -> Self {
         let mut made = None;
         let guest = Guest::around(|ports| {
-            let device = Arc::new(Device::new(config(), ports.clone()).expect("made"));
+            let device = Arc::new(Device::new(config.clone(), ports.clone()).expect("made"));
             made = Some((ports, device.clone()));
             device
         });
         let (ports, device) = made.expect("made");
         Self {
+            config,
             guest,
             ports,
             device,
@@ -42,25 +52,38 @@ impl Fresh {
     }
 
     fn running() -> Self {
-        let fresh = Self::new();
+        Self::running_with(config())
+    }
+
+    fn running_with(config: Config) -> Self {
+        let fresh = Self::with(config);
         fresh.guest.device.set_bus_master(true);
         fresh.guest.enable();
         fresh
     }
 
+    /// One that looks for work so long before it sleeps, at a time that is not 0.
+    fn polling() -> Self {
+        let poll_us = 100;
+        let fresh = Self::running_with(Config {
+            poll_us,
+            ..config()
+        });
+        fresh.pass(1_000_000);
+        fresh.guest.run();
+        fresh
+    }
+
+    fn pass(&self, microseconds: u64) {
+        self.guest
+            .clock
+            .advance(Duration::from_micros(microseconds));
+    }
+
     /// By way of a file.
     fn replace(&mut self) {
-        let saved = Saved {
-            interface: regs::VERSION_VALUE,
-            config: config(),
-            device: self.device.save().expect("saved"),
-            slot: None,
-        };
-        let mut file = Vec::new();
-        saved.write(&mut file).expect("written");
-        let saved = Saved::read(Cursor::new(file)).expect("read");
-        let device = Device::restore(saved.config, self.ports.clone(), &saved.device);
-        self.device = Arc::new(device.expect("restored"));
+        let file = file_of(&self.device, &self.config);
+        self.device = Arc::new(whole_device_of(&file, &self.ports));
         self.guest.device = self.device.clone();
     }
 }
@@ -79,6 +102,8 @@ fn who_waits_for_room_in_the_page_request_ring_gets_it() {
         process.ring(&fresh.guest);
     }
     fresh.guest.run();
+    let need_kick = offset_of!(KernelShadow, prq_need_kick);
+    assert_eq!(fresh.guest.kernel_word(need_kick), 1);
     let mut seen = Vec::new();
     for _ in 0..count {
         fresh.replace();
@@ -90,6 +115,7 @@ fn who_waits_for_room_in_the_page_request_ring_gets_it() {
         fresh.guest.run();
     }
     assert!(fresh.guest.take_request().is_none(), "none twice");
+    assert_eq!(fresh.guest.kernel_word(need_kick), 0, "nobody waits");
     seen.sort_unstable();
     assert_eq!(seen, (0..count).collect::<Vec<_>>());
 }
@@ -160,7 +186,7 @@ fn a_suspect_is_convicted_at_its_time_and_its_record_kept() {
 fn a_suspect_is_cleared_by_an_invalidation_from_before() {
     let mut fresh = Fresh::running();
     let process = suspect(&fresh);
-    process.set_device(Iova(SRC), extlb_spec::pte::Pte::EMPTY);
+    process.set_device(Iova(SRC), Pte::EMPTY);
     fresh.guest.post(range(1, SRC, SRC + PAGE));
     fresh.guest.run();
     // Carried out, and not yet acknowledged by a drained wait.
@@ -261,4 +287,136 @@ fn the_slot_keeps_its_configuration_space_and_what_is_pending() {
         assert!(pci::ConfigSpace::restore(&bytes).is_err(), "{at:#x}");
     }
     assert!(pci::ConfigSpace::restore(&[0; 5000]).is_err());
+}
+
+#[test]
+fn what_has_failed_is_counted_on() {
+    let mut fresh = Fresh::running();
+    let process = fresh.guest.process(1);
+    let page = process.map_fresh(Iova(SRC), 1)[0];
+    let missing = SRC + 16 * PAGE;
+    // One that finds a difference, and one that waits for its page.
+    let batch = [
+        op(Opcode::Compare, SRC, SRC + 2048, 8),
+        op(Opcode::Crc32c, missing, 0, 8),
+    ];
+    for (n, mut descriptor) in (0..).zip(batch) {
+        descriptor.completion = process.record(100 + n).0;
+        let at = Gpa(page.0 + n * Descriptor::SIZE as u64);
+        let written = fresh.guest.ram.write(at, &descriptor.to_bytes());
+        written.expect("in RAM");
+    }
+    let batch = process.submit(op(Opcode::Batch, SRC, 0, 2));
+    process.ring(&fresh.guest);
+    fresh.guest.run();
+    let request = fresh.guest.expect_request();
+    fresh.replace();
+    process.map_fresh(Iova(missing), 1);
+    fresh.guest.respond(&request, Response::Success);
+    fresh.guest.run();
+    let record = process.completion(batch);
+    assert_eq!(record.status, Status::Success as u32);
+    assert_eq!((record.bytes, record.result), (2, 1));
+    fresh.replace();
+    let record = process.go(&fresh.guest, op(Opcode::Fence, 0, 0, 0));
+    assert_eq!(record.status, Status::EarlierFailed as u32);
+    assert_eq!(record.result, 1);
+}
+
+#[test]
+fn what_was_told_is_not_told_again() {
+    let mut fresh = Fresh::running();
+    let process = fresh.guest.process(1);
+    let mut nop = op(Opcode::Nop, 0, 0, 0);
+    nop.flags = work_flags::INTERRUPT;
+    process.go(&fresh.guest, nop);
+    let interrupts = |fresh: &Fresh| fresh.guest.vectors.count(Vector::Completion);
+    assert_eq!(interrupts(&fresh), 1);
+    fresh.replace();
+    process.go(&fresh.guest, op(Opcode::Nop, 0, 0, 0));
+    assert_eq!(interrupts(&fresh), 1);
+    fresh.replace();
+    process.go(&fresh.guest, nop);
+    assert_eq!(interrupts(&fresh), 2);
+}
+
+#[test]
+fn who_asked_for_a_kick_says_so_when_it_needs_none_any_more() {
+    let mut fresh = Fresh::polling();
+    let process = fresh.guest.process(1);
+    let queue = offset_of!(KernelShadow, iq_need_kick);
+    let context = offset_of!(ContextShadow, need_kick);
+    for _ in 0..2 {
+        assert_eq!(process.word(context), 1);
+        fresh.replace();
+        process.submit(op(Opcode::Nop, 0, 0, 0));
+        process.ring(&fresh.guest);
+        while process.ahead() > 0 {
+            assert_eq!(fresh.device.engine_step(), Step::Busy);
+        }
+        assert_eq!(process.word(context), 0);
+        // Asleep again.
+        fresh.replace();
+        fresh.guest.run();
+        assert_eq!(fresh.guest.kernel_word(queue), 1);
+        fresh.replace();
+        fresh.guest.post_wait(0);
+        assert_eq!(fresh.device.engine_step(), Step::Busy);
+        assert_eq!(fresh.guest.kernel_word(queue), 0);
+        fresh.guest.run();
+    }
+}
+
+#[test]
+fn a_device_sleeps_as_long_after_its_last_work_as_it_would_have() {
+    let mut fresh = Fresh::polling();
+    fresh.guest.post_wait(0);
+    assert_eq!(fresh.device.engine_step(), Step::Busy);
+    for (passed, step) in [(60, Step::Waiting), (39, Step::Waiting), (1, Step::Idle)] {
+        fresh.pass(passed);
+        fresh.replace();
+        assert_eq!(fresh.device.engine_step(), step);
+    }
+    // And so does each context, of which the queue knows nothing.
+    let process = fresh.guest.process(1);
+    process.submit(op(Opcode::Nop, 0, 0, 0));
+    process.ring(&fresh.guest);
+    while process.ahead() > 0 {
+        assert_eq!(fresh.device.engine_step(), Step::Busy);
+    }
+    for (passed, asleep) in [(60, 0), (39, 0), (1, 1)] {
+        fresh.pass(passed);
+        fresh.replace();
+        for _ in 0..4 {
+            fresh.device.engine_step();
+        }
+        let need_kick = process.word(offset_of!(ContextShadow, need_kick));
+        assert_eq!(need_kick, asleep);
+    }
+}
+
+/// A translation that survives its invalidation, which no device has: the oracle is for those.
+#[test]
+fn invalidations_that_are_done_are_remembered() {
+    let mut fresh = Fresh::running();
+    let process = fresh.guest.process(1);
+    process.map_fresh(Iova(SRC), 1);
+    let read = op(Opcode::Crc32c, SRC, 0, 8);
+    process.go(&fresh.guest, read);
+    let before = body(&file_of(&fresh.device, &fresh.config));
+    process.set_cpu(Iova(SRC), None);
+    process.set_device(Iova(SRC), Pte::EMPTY);
+    fresh.guest.shoot(1, SRC, SRC + PAGE);
+    fresh.guest.run();
+    fresh.replace();
+    let mut after = body(&file_of(&fresh.device, &fresh.config));
+    after["device"]["tlb"]["arrays"] = before["device"]["tlb"]["arrays"].clone();
+    let device = device_of(&file_saying(&after), &fresh.ports);
+    fresh.device = Arc::new(device.expect("restored"));
+    fresh.guest.device = fresh.device.clone();
+    let record = process.go(&fresh.guest, read);
+    assert_eq!(record.status, Status::Success as u32, "found in the TLB");
+    assert_eq!(fresh.guest.get(regs::ORACLE_STALE), 1, "at once");
+    let kind = fresh.guest.get(regs::ORACLE_KIND);
+    assert_eq!(kind, StaleKind::SurvivedInvalidation as u64);
 }

@@ -136,3 +136,71 @@ impl Deref for Driven {
         &*self.core
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+    use std::time::Duration;
+
+    use extlb_spec::{BAR_REGS, Gpa, regs};
+
+    use super::*;
+    use crate::GuestRam;
+    use crate::ports::{Clock, Ignore};
+    use crate::server::Options;
+    use crate::server::report::{Report, Sink};
+    use crate::server::session::Session;
+    use crate::server::transport::{Ended, Transport as _};
+    use crate::server::vfio_user::VfioUser;
+
+    /// Fails the thread of this name, and nobody else.
+    struct Broken(&'static str);
+
+    impl Clock for Broken {
+        fn now(&self) -> Duration {
+            let it = std::thread::current().name() == Some(self.0);
+            assert!(!it, "on purpose");
+            Duration::ZERO
+        }
+    }
+
+    #[test]
+    fn a_device_whose_thread_panics_ends_its_session() {
+        for (thread, record) in [("engine0", false), ("recorded", true)] {
+            let (mut client, stream) = UnixStream::pair().expect("a pair");
+            let report = Report::new(Sink::new(Box::new(std::io::sink())), "device");
+            let link = Link::new(stream, "device", Arc::new(report), &Options::default());
+            let ram = GuestRam::anonymous(&[(Gpa(0), 1 << 20)]).expect("maps");
+            let ports = Ports {
+                clock: Arc::new(Broken(thread)),
+                ..Ports::stepped(Arc::new(ram), Arc::new(Ignore))
+            };
+            let record = record.then(|| -> Box<dyn Write + Send> { Box::new(std::io::sink()) });
+            let device = Driven::new(Config::default(), ports, &link, record).expect("made");
+            device.set_bus_master(true);
+            for (register, value) in [
+                (regs::CTX_TABLE, 0x1000),
+                (regs::CTX_COUNT, 16),
+                (regs::IQ_BASE, 0x2000),
+                (regs::IQ_LOG2, 4),
+                (regs::PRQ_BASE, 0x3000),
+                (regs::PRQ_LOG2, 4),
+                (regs::SHADOW, 0x4000),
+                (regs::CTRL, 1u64),
+            ] {
+                let bytes = value.to_le_bytes();
+                device.mmio_write(BAR_REGS, register.offset, &bytes[..register.width as usize]);
+            }
+            // The client finds its socket closed, and whoever serves it is told why.
+            let limit = client.set_read_timeout(Some(Duration::from_secs(20)));
+            limit.expect("set");
+            assert_eq!(client.read(&mut [0]).expect("in time"), 0, "{thread}");
+            let mut endpoint = Session::stepped(Config::default()).expect("made");
+            match VfioUser(link).serve(&mut endpoint) {
+                Err(Ended::Here(why)) => assert!(why.contains(thread), "{why}"),
+                other => panic!("{thread}: {other:?}"),
+            }
+        }
+    }
+}

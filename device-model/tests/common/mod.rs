@@ -3,6 +3,8 @@
 //! Nothing here has a thread; tests call `run` or step the device themselves.
 #![allow(dead_code)] // each test file uses its part
 
+pub mod saved;
+
 use std::collections::HashMap;
 use std::mem::offset_of;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
