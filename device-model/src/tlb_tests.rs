@@ -1,6 +1,7 @@
 //! Tests of the TLB: against a model that is obvious and slow, and of its parts.
 
 mod addresses;
+mod histories;
 mod model;
 
 use extlb_spec::pte::leaf_size;

@@ -1,27 +1,29 @@
 //! A guest in a box: RAM, page tables, queues, and a kernel that is played by the test.
 //!
 //! Nothing here has a thread; tests call `run` or step the device themselves.
-#![allow(dead_code)] // each test file uses its part
+#![allow(dead_code, unused_imports)] // each test file uses its part
 
+mod memory;
+mod ports;
+mod process;
 pub mod saved;
 
-use std::collections::HashMap;
 use std::mem::offset_of;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 pub use extlb_device::Core;
 use extlb_device::fault::{Injection, Interposed};
-use extlb_device::ports::{BusError, Clock, Dma, Event, Ignore, Interrupts, Ports, Trace};
+use extlb_device::ports::{Dma, Event, Ignore, Ports};
 use extlb_device::{Config, GuestRam, Step};
-use extlb_spec::context::{ContextEntry, ContextShadow, flags as context_flags};
 use extlb_spec::invalidation::{Command, CommandKind, InvalidationScope, KernelShadow, wait};
 use extlb_spec::page_request::{PageRequest, RequestKind, Response};
-use extlb_spec::pte::{self, Pte};
 use extlb_spec::regs::{self, Register};
-use extlb_spec::work::{Completion, Descriptor, Opcode, Status};
-use extlb_spec::{BAR_DOORBELLS, BAR_REGS, DOORBELL_STRIDE, Gpa, Iova, Vector};
+use extlb_spec::{BAR_REGS, Gpa};
+pub use memory::{Access, Hooked, Pages};
+pub use ports::{Events, HandClock, Vectors};
+pub use process::{Process, RING_LOG2, copy, op};
 
 pub const RAM: usize = 32 << 20;
 pub const CTX_TABLE: Gpa = Gpa(0x1000);
@@ -33,180 +35,6 @@ pub const ACK: Gpa = Gpa(SHADOW.0 + offset_of!(KernelShadow, wait) as u64);
 pub const IQ_LOG2: u32 = 7;
 pub const PRQ_LOG2: u32 = 4;
 pub const PAGE: u64 = 4096;
-
-/// An access of the device, for a hook.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Access {
-    Read(Gpa),
-    Write(Gpa),
-    Copy(Gpa, Gpa),
-    /// Before a word or a double word is loaded.
-    Load(Gpa),
-    /// After a double word was loaded.
-    Loaded(Gpa),
-    /// Before a word is stored, swapped or added to.
-    Store(Gpa),
-}
-
-type Hook = Box<dyn FnMut(Access) -> bool + Send>;
-
-/// Memory with a hook that runs in the middle of an access. A hook that returns true is done.
-pub struct Hooked {
-    pub ram: GuestRam,
-    hook: Mutex<Option<Hook>>,
-    pub accesses: AtomicU64,
-    /// All of RAM has been taken away: every access is a bus error.
-    pub gone: AtomicBool,
-    /// How often a word other than 0 was stored, by address: completions, above all.
-    pub stores: Mutex<HashMap<Gpa, u64>>,
-}
-
-impl Hooked {
-    pub fn hook(&self, hook: impl FnMut(Access) -> bool + Send + 'static) {
-        *self.hook.lock().unwrap() = Some(Box::new(hook));
-    }
-
-    fn meet(&self, access: Access) -> Result<(), BusError> {
-        self.accesses.fetch_add(1, Ordering::SeqCst);
-        self.look(access);
-        let (Access::Read(addr)
-        | Access::Write(addr)
-        | Access::Copy(addr, _)
-        | Access::Load(addr)
-        | Access::Loaded(addr)
-        | Access::Store(addr)) = access;
-        match self.gone.load(Ordering::SeqCst) {
-            true => Err(BusError { addr, len: 1 }),
-            false => Ok(()),
-        }
-    }
-
-    fn look(&self, access: Access) {
-        // Out of its place while it runs: it may use the device, and so get here again.
-        let hook = self.hook.lock().unwrap().take();
-        if let Some(mut hook) = hook
-            && !hook(access)
-        {
-            self.hook.lock().unwrap().get_or_insert(hook);
-        }
-    }
-
-    pub fn is_done(&self) -> bool {
-        self.hook.lock().unwrap().is_none()
-    }
-}
-
-impl Dma for Hooked {
-    fn read(&self, from: Gpa, to: &mut [u8]) -> Result<(), BusError> {
-        self.meet(Access::Read(from))?;
-        self.ram.read(from, to)
-    }
-    fn write(&self, to: Gpa, from: &[u8]) -> Result<(), BusError> {
-        self.meet(Access::Write(to))?;
-        self.ram.write(to, from)
-    }
-    fn copy(&self, from: Gpa, to: Gpa, len: usize) -> Result<(), BusError> {
-        self.meet(Access::Copy(from, to))?;
-        self.ram.copy(from, to, len)
-    }
-    fn load_u32(&self, at: Gpa, order: Ordering) -> Result<u32, BusError> {
-        self.meet(Access::Load(at))?;
-        self.ram.load_u32(at, order)
-    }
-    fn store_u32(&self, at: Gpa, value: u32, order: Ordering) -> Result<(), BusError> {
-        self.meet(Access::Store(at))?;
-        if value != 0 {
-            *self.stores.lock().unwrap().entry(at).or_default() += 1;
-        }
-        self.ram.store_u32(at, value, order)
-    }
-    fn load_u64(&self, at: Gpa, order: Ordering) -> Result<u64, BusError> {
-        self.meet(Access::Load(at))?;
-        let value = self.ram.load_u64(at, order);
-        self.look(Access::Loaded(at));
-        value
-    }
-    fn store_u64(&self, at: Gpa, value: u64, order: Ordering) -> Result<(), BusError> {
-        self.meet(Access::Store(at))?;
-        self.ram.store_u64(at, value, order)
-    }
-    fn compare_exchange_u64(&self, at: Gpa, current: u64, new: u64) -> Result<u64, BusError> {
-        self.meet(Access::Store(at))?;
-        self.ram.compare_exchange_u64(at, current, new)
-    }
-    fn fetch_add_u64(&self, at: Gpa, value: u64) -> Result<u64, BusError> {
-        self.meet(Access::Store(at))?;
-        self.ram.fetch_add_u64(at, value)
-    }
-
-    fn view(&self, f: &mut dyn FnMut(&dyn Dma)) {
-        f(self);
-    }
-}
-
-/// Counts interrupts, and lets a test look at the moment of each.
-#[derive(Default)]
-pub struct Vectors(Mutex<HashMap<u32, u64>>, Mutex<Option<Look>>);
-
-type Look = Box<dyn FnMut(Vector) + Send>;
-
-impl Vectors {
-    pub fn count(&self, vector: Vector) -> u64 {
-        *self.0.lock().unwrap().get(&(vector as u32)).unwrap_or(&0)
-    }
-
-    pub fn total(&self) -> u64 {
-        self.0.lock().unwrap().values().sum()
-    }
-
-    pub fn look(&self, look: impl FnMut(Vector) + Send + 'static) {
-        *self.1.lock().unwrap() = Some(Box::new(look));
-    }
-}
-
-impl Interrupts for Vectors {
-    fn raise(&self, vector: Vector) {
-        *self.0.lock().unwrap().entry(vector as u32).or_default() += 1;
-        if let Some(look) = &mut *self.1.lock().unwrap() {
-            look(vector);
-        }
-    }
-}
-
-/// A clock that is turned by hand.
-#[derive(Default)]
-pub struct HandClock(AtomicU64);
-
-impl HandClock {
-    pub fn advance(&self, by: Duration) {
-        self.0.fetch_add(by.as_nanos() as u64, Ordering::SeqCst);
-    }
-}
-
-impl Clock for HandClock {
-    fn now(&self) -> Duration {
-        Duration::from_nanos(self.0.load(Ordering::SeqCst))
-    }
-}
-
-#[derive(Default)]
-pub struct Events(pub Mutex<Vec<Event>>);
-
-impl Trace for Events {
-    fn event(&self, event: Event) {
-        self.0.lock().unwrap().push(event);
-    }
-}
-
-/// Pages are handed out once, in order.
-#[derive(Debug)]
-pub struct Pages(AtomicU64);
-
-impl Pages {
-    pub fn take(&self) -> Gpa {
-        Gpa(self.0.fetch_add(PAGE, Ordering::SeqCst))
-    }
-}
 
 pub struct Guest {
     pub ram: GuestRam,
@@ -282,13 +110,7 @@ impl Guest {
     /// A guest whose RAM is these pieces.
     pub fn over(ram: &[(Gpa, usize)], make: impl FnOnce(Ports) -> Arc<dyn Core>) -> Self {
         let ram = GuestRam::anonymous(ram).unwrap();
-        let memory = Arc::new(Hooked {
-            ram: ram.clone(),
-            hook: Mutex::new(None),
-            accesses: AtomicU64::new(0),
-            gone: AtomicBool::new(false),
-            stores: Mutex::default(),
-        });
+        let memory = Arc::new(Hooked::new(ram.clone()));
         let (vectors, clock, events) = (
             Arc::new(Vectors::default()),
             Arc::new(HandClock::default()),
@@ -308,7 +130,7 @@ impl Guest {
             clock,
             events,
             device: make(ports),
-            pages: Arc::new(Pages(AtomicU64::new(0x10_0000))),
+            pages: Arc::new(Pages::from(Gpa(0x10_0000))),
             iq: (IQ, IQ_LOG2),
             iq_tail: AtomicU64::new(0),
             prq_head: AtomicU64::new(0),
@@ -496,220 +318,4 @@ pub fn range(context: u32, start: u64, end: u64) -> Command {
         value: end - start,
         ..Default::default()
     }
-}
-
-/// A process with a context: its two page tables, its ring, its shadow page.
-#[derive(Clone)]
-pub struct Process {
-    pub context: u32,
-    pub root: Gpa,
-    pub cpu_root: Gpa,
-    pub shadow: Gpa,
-    pub ring: Iova,
-    pub ring_page: Gpa,
-    pub records: Iova,
-    pub records_page: Gpa,
-    ram: GuestRam,
-    pages: Arc<Pages>,
-    tail: Arc<AtomicU64>,
-}
-
-pub const RING_LOG2: u32 = 4;
-
-impl Process {
-    /// Its memory; the context table does not know it yet.
-    pub fn new(guest: &Guest, context: u32) -> Self {
-        let take = || guest.pages.take();
-        let process = Self {
-            context,
-            root: take(),
-            cpu_root: take(),
-            shadow: take(),
-            ring: Iova(0x7f00_0000_0000),
-            ring_page: take(),
-            records: Iova(0x7f00_0000_1000),
-            records_page: take(),
-            ram: guest.ram.clone(),
-            pages: guest.pages.clone(),
-            tail: Arc::default(),
-        };
-        process.map(process.ring, process.ring_page, true);
-        process.map(process.records, process.records_page, true);
-        process
-    }
-
-    /// Writes the entry of the context table, spoilt as given.
-    pub fn write_entry(&self, guest: &Guest, spoil: impl Fn(&mut ContextEntry)) {
-        let mut entry = ContextEntry {
-            flags: context_flags::VALID | context_flags::ORACLE,
-            page_table: self.root.0,
-            ring: self.ring.0,
-            ring_log2: RING_LOG2,
-            credits: 4,
-            shadow: self.shadow.0,
-            cpu_page_table: self.cpu_root.0,
-            ..Default::default()
-        };
-        spoil(&mut entry);
-        let at = Gpa(CTX_TABLE.0 + u64::from(self.context) * ContextEntry::SIZE as u64);
-        guest.ram.write(at, &entry.to_bytes()).unwrap();
-    }
-
-    pub fn stop(&self, guest: &Guest) {
-        self.write_entry(guest, |e| e.flags = 0);
-        guest.sync(self.context);
-    }
-
-    fn leaf(&self, root: Gpa, iova: Iova, table_bits: u64) -> Gpa {
-        let mut table = root;
-        for level in (2..=4).rev() {
-            let at = Gpa(table.0 + pte::index(iova, level) * 8);
-            let entry = self.ram.load_u64(at, Ordering::SeqCst).unwrap();
-            table = if entry & 1 == 0 {
-                let page = self.pages.take();
-                let value = page.0 | table_bits;
-                self.ram.store_u64(at, value, Ordering::SeqCst).unwrap();
-                page
-            } else {
-                Gpa(entry & pte::ADDR_MASK)
-            };
-        }
-        Gpa(table.0 + pte::index(iova, 1) * 8)
-    }
-
-    /// Where the leaf of the device's page table is.
-    pub fn device_leaf(&self, iova: Iova) -> Gpa {
-        self.leaf(self.root, iova, 1)
-    }
-
-    pub fn device_pte(&self, iova: Iova) -> Pte {
-        let at = self.device_leaf(iova);
-        Pte(self.ram.load_u64(at, Ordering::SeqCst).unwrap())
-    }
-
-    pub fn set_device(&self, iova: Iova, value: Pte) {
-        let at = self.device_leaf(iova);
-        self.ram.store_u64(at, value.0, Ordering::SeqCst).unwrap();
-    }
-
-    /// Writes where the device's page table leads, within a page.
-    pub fn poke(&self, iova: Iova, bytes: &[u8]) {
-        let at = Gpa(self.device_pte(iova).addr().0 + iova.page_offset());
-        self.ram.write(at, bytes).unwrap();
-    }
-
-    /// Sets the process's own entry; `None` takes the page out.
-    pub fn set_cpu(&self, iova: Iova, page: Option<(Gpa, bool)>) {
-        let at = self.leaf(self.cpu_root, iova, 0x67);
-        let value = page.map_or(0, |(gpa, write)| gpa.0 | 0x65 | u64::from(write) << 1);
-        self.ram.store_u64(at, value, Ordering::SeqCst).unwrap();
-    }
-
-    /// Maps a page in both tables.
-    pub fn map(&self, iova: Iova, page: Gpa, write: bool) {
-        self.set_cpu(iova, Some((page, write)));
-        self.set_device(iova, Pte::leaf(page, write));
-    }
-
-    /// Maps `count` fresh pages; returns them.
-    pub fn map_fresh(&self, iova: Iova, count: u64) -> Vec<Gpa> {
-        (0..count)
-            .map(|i| {
-                let page = self.pages.take();
-                self.map(Iova(iova.0 + i * PAGE), page, true);
-                page
-            })
-            .collect()
-    }
-
-    /// Address of the record that the n-th submission gets.
-    pub fn record(&self, n: u64) -> Iova {
-        Iova(self.records.0 + n % 128 * 32)
-    }
-
-    /// Writes a descriptor and rings, without waking; returns the number of the submission.
-    pub fn submit(&self, mut descriptor: Descriptor) -> u64 {
-        let n = self.tail.fetch_add(1, Ordering::SeqCst);
-        if descriptor.completion == 0 {
-            descriptor.completion = self.record(n).0;
-            let record = Gpa(self.records_page.0 + n % 128 * 32);
-            self.ram.write(record, &[0; 32]).unwrap();
-        }
-        let at = Gpa(self.ring_page.0 + (n & ((1 << RING_LOG2) - 1)) * 64);
-        self.ram.write(at, &descriptor.to_bytes()).unwrap();
-        self.set_tail(n as u32 + 1);
-        n
-    }
-
-    /// Its queue is empty, and its records and its shadow page are zero: for a new life.
-    pub fn restart(&self) {
-        self.tail.store(0, Ordering::SeqCst);
-        for page in [self.shadow, self.records_page] {
-            self.ram.write(page, &[0; 4096]).unwrap();
-        }
-    }
-
-    pub fn set_tail(&self, tail: u32) {
-        let at = Gpa(self.shadow.0 + offset_of!(ContextShadow, tail) as u64);
-        self.ram.store_u32(at, tail, Ordering::SeqCst).unwrap();
-    }
-
-    pub fn word(&self, offset: usize) -> u32 {
-        let at = Gpa(self.shadow.0 + offset as u64);
-        self.ram.load_u32(at, Ordering::SeqCst).unwrap()
-    }
-
-    pub fn error(&self) -> u32 {
-        self.word(offset_of!(ContextShadow, error))
-    }
-
-    /// How many submissions there were.
-    pub fn submitted(&self) -> u64 {
-        self.tail.load(Ordering::SeqCst)
-    }
-
-    /// Submissions that are not retired.
-    pub fn ahead(&self) -> u32 {
-        let tail = self.tail.load(Ordering::SeqCst) as u32;
-        tail.wrapping_sub(self.word(offset_of!(ContextShadow, head)))
-    }
-
-    /// Rings the doorbell.
-    pub fn ring(&self, guest: &Guest) {
-        let at = u64::from(self.context) * DOORBELL_STRIDE;
-        guest.device.mmio_write(BAR_DOORBELLS, at, &[1, 0, 0, 0]);
-    }
-
-    pub fn completion(&self, n: u64) -> Completion {
-        let mut bytes = [0; Completion::SIZE];
-        let at = Gpa(self.records_page.0 + n % 128 * 32);
-        self.ram.read(at, &mut bytes).unwrap();
-        Completion::from_bytes(&bytes)
-    }
-
-    pub fn status(&self, n: u64) -> Option<Status> {
-        Status::from_raw(self.completion(n).status)
-    }
-
-    /// Submits, rings, runs; the record.
-    pub fn go(&self, guest: &Guest, descriptor: Descriptor) -> Completion {
-        let n = self.submit(descriptor);
-        self.ring(guest);
-        guest.run();
-        self.completion(n)
-    }
-}
-
-pub fn op(opcode: Opcode, src: u64, dst: u64, len: u64) -> Descriptor {
-    Descriptor {
-        opcode: opcode as u8,
-        src,
-        dst,
-        len,
-        ..Default::default()
-    }
-}
-
-pub fn copy(src: u64, dst: u64, len: u64) -> Descriptor {
-    op(Opcode::Copy, src, dst, len)
 }
