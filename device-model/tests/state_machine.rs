@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use extlb_spec::work::{Descriptor, Opcode, flags};
 use lives::{Action, Manner, Place, Shoot, Work, action};
-use model::world::{LARGE, LISTS, SMALL, SMALL_PAGES, World};
+use model::world::{BATCHES, LARGE, LISTS, SMALL, SMALL_PAGES, World};
 use model::{Command, Scope};
 use proptest::prelude::*;
 
@@ -20,7 +20,7 @@ fn address(place: Place, target: bool) -> u64 {
     match place {
         Place::Small(n) => SMALL + (n % half + if target { half } else { 0 }) * PAGE,
         Place::Large(n) => LARGE + (n % 4 + if target { 508 } else { 0 }) * PAGE,
-        Place::Ring | Place::Records | Place::Lists => SMALL,
+        Place::Ring | Place::Records | Place::Lists | Place::Batches => SMALL,
     }
 }
 
@@ -30,6 +30,7 @@ fn page(world: &World, context: u32, place: Place, target: bool) -> u64 {
         Place::Ring => process.ring.0,
         Place::Records => process.records.0,
         Place::Lists => LISTS,
+        Place::Batches => BATCHES,
         _ => address(place, target),
     }
 }
@@ -85,6 +86,19 @@ fn act(world: &Arc<World>, action: &Action) -> Result<(), String> {
         } => {
             let descriptor = descriptor(*work, *src, *dst, *offset, *len);
             submit(world, *context, *work, descriptor, *manner, *kick);
+        }
+        Action::Batch {
+            context,
+            all,
+            quiet,
+            kick,
+        } => {
+            let all: Vec<_> = all
+                .iter()
+                .map(|(work, src, dst, offset, len)| descriptor(*work, *src, *dst, *offset, *len))
+                .collect();
+            let flags = if *quiet { flags::QUIET } else { 0 };
+            world.submit_batch(*context, &all, flags, *kick);
         }
         Action::Ring(context) => world.ring(*context),
         Action::Engine(steps) => (0..*steps).for_each(|_| world.engine_step()),
@@ -150,7 +164,7 @@ fn kernel(world: &World, action: &Action) {
                 let page = page(world, *context, *place, target);
                 world.change_leaf(*context, page, *change);
                 shoot(world, Scope::Range(*context, page, page + PAGE), *how);
-                if matches!(place, Place::Ring | Place::Records | Place::Lists) {
+                if !matches!(place, Place::Small(_) | Place::Large(_)) {
                     break;
                 }
             }

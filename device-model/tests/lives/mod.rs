@@ -5,7 +5,7 @@ use extlb_spec::work::Segment;
 use proptest::prelude::*;
 
 use crate::common::PAGE;
-use crate::model::world::{CONTEXTS, Change};
+use crate::model::world::{CONTEXTS, Change, MAX_BATCH};
 
 /// Where an operand, or a change, is: on a single page or in the piece that may be large.
 #[derive(Clone, Copy, Debug)]
@@ -15,6 +15,7 @@ pub enum Place {
     Ring,
     Records,
     Lists,
+    Batches,
 }
 
 /// What beside its opcode and its operands an operation has.
@@ -93,6 +94,13 @@ pub enum Action {
         manner: Manner,
         kick: bool,
     },
+    Batch {
+        context: u32,
+        /// Operation, operands, offset, length.
+        all: Vec<(Work, Place, Place, u64, u64)>,
+        quiet: bool,
+        kick: bool,
+    },
     Ring(u32),
     Engine(u32),
     Queue(u32),
@@ -154,6 +162,7 @@ fn place() -> impl Strategy<Value = Place> {
         1 => Just(Place::Ring),
         1 => Just(Place::Records),
         1 => Just(Place::Lists),
+        1 => Just(Place::Batches),
     ]
 }
 
@@ -264,8 +273,22 @@ pub fn action() -> impl Strategy<Value = Action> {
                 kick,
             },
         );
+    let one = (work(), operand(), operand(), 0..PAGE, 1..2 * PAGE);
+    let batch = (
+        context(),
+        prop::collection::vec(one, 0..=MAX_BATCH),
+        prop::bool::weighted(0.3),
+        prop::bool::weighted(0.8),
+    )
+        .prop_map(|(context, all, quiet, kick)| Action::Batch {
+            context,
+            all,
+            quiet,
+            kick,
+        });
     prop_oneof![
         8 => submit,
+        2 => batch,
         1 => context().prop_map(Action::Ring),
         10 => (1..6u32).prop_map(Action::Engine),
         12 => kernel_action(),

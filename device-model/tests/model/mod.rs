@@ -20,7 +20,7 @@ use extlb_spec::{Gpa, Iova, Vector};
 
 use crate::common::{IQ_LOG2, PAGE, PRQ_LOG2};
 use operation::{Operand, Operation};
-pub use parts::{Command, Context, Counts, Leaf, Scope};
+pub use parts::{Command, Context, Counts, Leaf, Scope, Tally};
 use parts::{Group, Removed};
 
 #[derive(Debug, Default)]
@@ -201,7 +201,12 @@ impl Model {
                 context.errors.push(ContextError::RingFault);
             } else if group.page == context.record_page {
                 context.errors.push(ContextError::CompletionFault);
-            } else if let Some(operation) = context.operations.front_mut() {
+            } else if let Some(operation) = {
+                if group.page == context.batches {
+                    context.drop_batch();
+                }
+                context.operations.front_mut()
+            } {
                 operation.refused.insert(group.page);
             }
         }
@@ -245,8 +250,8 @@ impl Model {
     /// that it has to do, nothing more is seen: what is seen then is of the next.
     fn under_way(&mut self, c: u32) -> Option<&mut Operation> {
         while let Some(operation) = self.contexts[c as usize].operations.front() {
-            let unsuccessful = self.contexts[c as usize].unsuccessful;
-            if !operation.is_quiet() || operation.may_succeed(unsuccessful).is_err() {
+            let tally = &self.contexts[c as usize].tally;
+            if !operation.is_quiet() || operation.may_succeed(tally).is_err() {
                 break;
             }
             self.retire(c, true);
@@ -258,16 +263,46 @@ impl Model {
     fn retire(&mut self, c: u32, success: bool) -> Option<Operation> {
         let context = &mut self.contexts[c as usize];
         let operation = context.operations.pop_front()?;
-        context.retired += 1;
-        context.unsuccessful = match operation.is_fence() {
+        let tally = &mut context.tally;
+        tally.unsuccessful = match operation.is_fence() {
             true => 0,
-            false => context.unsuccessful + u64::from(!success),
+            false => tally.unsuccessful + u64::from(!success),
         };
+        if operation.in_batch {
+            tally.ended += 1;
+            tally.failed += u64::from(!success);
+            if operation.is_fence() && !success {
+                tally.stopped = true;
+                context.drop_batch();
+            }
+        } else {
+            context.retired += 1;
+            *tally = Tally {
+                unsuccessful: tally.unsuccessful,
+                ..Default::default()
+            };
+        }
         match success {
             true => self.counts.completed += 1,
             false => self.counts.faulted += 1,
         }
         Some(operation)
+    }
+
+    /// The descriptors of a batch are read: those that leave no record before it have ended.
+    /// Whether there is such a batch.
+    fn reach_batch(&mut self, c: u32) -> bool {
+        while let Some(operation) = self.contexts[c as usize].operations.front() {
+            let tally = &self.contexts[c as usize].tally;
+            if operation.in_batch {
+                return tally.ended == 0;
+            }
+            if !operation.is_quiet() || operation.may_succeed(tally).is_err() {
+                return false;
+            }
+            self.retire(c, true);
+        }
+        false
     }
 
     /// Whose `head` is here.
@@ -281,7 +316,7 @@ impl Model {
         while self.contexts[c as usize].retired != head {
             let context = &self.contexts[c as usize];
             let quiet = context.operations.front().filter(|op| op.is_quiet());
-            let ended = quiet.map(|op| op.may_succeed(context.unsuccessful));
+            let ended = quiet.map(|op| op.may_succeed(&context.tally));
             if ended.is_none_or(|ended| ended.is_err()) {
                 let retired = context.retired;
                 let why = format!("context {c}: head {head}, and {retired} ended: {ended:?}");
@@ -309,10 +344,22 @@ impl Model {
         }
         let c = record.context;
         let what = format!("{record:?}");
-        // The ring is read for what nothing is known of yet.
-        if record.kind == RequestKind::Page as u32 && record.iova != self.contexts[c as usize].ring
-        {
-            self.under_way(c);
+        let (ring, batches) = {
+            let context = &self.contexts[c as usize];
+            (context.ring, context.batches)
+        };
+        let mut wrong = Vec::new();
+        if record.kind == RequestKind::Page as u32 {
+            match record.iova {
+                // It is read for what nothing is known of yet.
+                page if page == ring => {}
+                page if page == batches => {
+                    if !self.reach_batch(c) {
+                        wrong.push("before no batch");
+                    }
+                }
+                _ => drop(self.under_way(c)),
+            }
         }
         let context = &mut self.contexts[c as usize];
         if !context.runs || context.failed {
@@ -332,7 +379,6 @@ impl Model {
         self.requests.push((c, record.group));
         let write = record.flags & flags::WRITE != 0;
         let page = record.iova;
-        let mut wrong = Vec::new();
         if !context.numbers.insert(record.group) {
             wrong.push("a group that there was before");
         }
@@ -344,7 +390,8 @@ impl Model {
             wrong.push("by a context that has failed");
         }
         let asked_by = context.operations.front();
-        let own = page == context.ring || page == context.record_page && write;
+        let own = [context.ring, context.batches].contains(&page) && !write
+            || page == context.record_page && write;
         match asked_by {
             Some(_) if own => {}
             Some(operation) if !operation.needs(page, write) => wrong.push("by no operand"),

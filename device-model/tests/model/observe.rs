@@ -93,6 +93,12 @@ impl Observed {
             if super::page_of(iova) == ring && !write {
                 return;
             }
+            if super::page_of(iova) == c.batches {
+                if write || !model.reach_batch(context) {
+                    model.fail(format!("context {context}, {iova:#x}: of no batch"));
+                }
+                return;
+            }
             if super::page_of(iova) == c.lists {
                 let next = model.under_way(context);
                 if !next.is_some_and(|op| !write && op.saw_segment(iova, bytes.len())) {
@@ -141,14 +147,14 @@ impl Observed {
                 at.page_offset()
             );
             model.under_way(context);
-            let unsuccessful = model.contexts[context as usize].unsuccessful;
+            let tally = model.contexts[context as usize].tally;
             let Some(op) = model.retire(context, status == 1) else {
                 return model.fail(format!("{what}: nothing is under way"));
             };
             if read.is_err() || at.page_offset() != op.record {
                 model.fail(format!("{what}: out of order"));
             }
-            if let Err(why) = op.may_end(&record, unsuccessful) {
+            if let Err(why) = op.may_end(&record, &tally) {
                 model.fail(format!("{what}: {why}: {:?}", op.descriptor));
             }
         });

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use extlb_spec::work::{Completion, Descriptor, Opcode, Segment, Status, flags};
 
-use super::page_of;
+use super::{Tally, page_of};
 use crate::common::PAGE;
 
 /// Bytes of an operation, from an offset in it on.
@@ -83,6 +83,8 @@ impl Place {
 pub struct Operation {
     /// Where in the page of records its record is.
     pub record: u64,
+    /// It is one of a batch, which follows it.
+    pub in_batch: bool,
     pub descriptor: Descriptor,
     opcode: Option<Opcode>,
     len: usize,
@@ -103,7 +105,7 @@ impl Operation {
     pub fn new(record: u64, descriptor: Descriptor, lists: [Option<Vec<Segment>>; 2]) -> Self {
         let opcode = Opcode::from_raw(descriptor.opcode);
         let len = match opcode {
-            None | Some(Opcode::Nop | Opcode::Fence) => 0,
+            None | Some(Opcode::Nop | Opcode::Fence | Opcode::Batch) => 0,
             _ => descriptor.len as usize,
         };
         let [src, dst] = lists;
@@ -120,6 +122,7 @@ impl Operation {
         }
         Self {
             record,
+            in_batch: false,
             descriptor,
             opcode,
             len,
@@ -129,6 +132,13 @@ impl Operation {
             written: vec![false; len],
             found: Vec::new(),
             refused: HashSet::new(),
+        }
+    }
+
+    pub fn of_batch(self) -> Self {
+        Self {
+            in_batch: true,
+            ..self
         }
     }
 
@@ -223,9 +233,8 @@ impl Operation {
         }
     }
 
-    /// Whether the operation may end with success now, and its result. `unsuccessful`: operations
-    /// before it since the last fence.
-    pub fn may_succeed(&self, unsuccessful: u64) -> Result<u64, &'static str> {
+    /// Whether the operation may end with success now, and its result.
+    pub fn may_succeed(&self, tally: &Tally) -> Result<u64, &'static str> {
         let full = |bytes: &[Option<u8>]| bytes.iter().all(Option::is_some);
         let all_written = self.written.iter().all(|written| *written);
         let reads = matches!(self.opcode, Some(Opcode::Crc32c | Opcode::Compare));
@@ -240,7 +249,10 @@ impl Operation {
             "before all was written",
         )?;
         check(!reads || full(&self.source), "before all was read")?;
-        check(!fence || unsuccessful == 0, "a fence that misses a failure")?;
+        check(
+            !fence || tally.unsuccessful == 0,
+            "a fence that misses a failure",
+        )?;
         match self.opcode {
             Some(Opcode::Crc32c) => {
                 let bytes: Vec<u8> = self.source.iter().flatten().copied().collect();
@@ -255,12 +267,17 @@ impl Operation {
                 check(self.source == self.target, "they differ")?;
                 Ok(0)
             }
+            Some(Opcode::Batch) => {
+                let all = tally.ended == self.descriptor.len && !tally.stopped;
+                check(all, "before all of it ended")?;
+                Ok(tally.failed)
+            }
             _ => Ok(0),
         }
     }
 
     /// Whether the operation may end so now.
-    pub fn may_end(&self, record: &Completion, unsuccessful: u64) -> Result<(), &'static str> {
+    pub fn may_end(&self, record: &Completion, tally: &Tally) -> Result<(), &'static str> {
         let bytes = record.bytes as usize;
         let done = |at: usize| match self.writes_target() {
             true => self.written[at],
@@ -269,10 +286,14 @@ impl Operation {
         let all_done = bytes <= self.len && (0..bytes).all(done);
         match Status::from_raw(record.status) {
             Some(Status::Success) => {
-                let result = self.may_succeed(unsuccessful)?;
+                let result = self.may_succeed(tally)?;
                 check(!self.is_quiet(), "a record that nobody wants")?;
                 check(record.result == result, "another result")?;
-                check(bytes == self.len, "another count of bytes")
+                let all = match self.opcode {
+                    Some(Opcode::Batch) => tally.ended,
+                    _ => self.len as u64,
+                };
+                check(record.bytes == all, "another count of bytes")
             }
             Some(Status::Mismatch) => {
                 check(self.opcode == Some(Opcode::Compare), "of no compare")?;
@@ -285,6 +306,9 @@ impl Operation {
                 let page = page_of(record.fault_addr);
                 check(self.refused.contains(&page), "nobody refused it")?;
                 check(self.found.is_empty(), "a fault after the fact")?;
+                if self.opcode == Some(Opcode::Batch) {
+                    return check(record.bytes == tally.ended, "another count of bytes");
+                }
                 let list = self.places.iter().any(|place| place.list.is_some());
                 // Of a list the rest may be to be read when all else is done.
                 check(
@@ -298,10 +322,15 @@ impl Operation {
                 check(all_done, "not all of it was done")
             }
             Some(Status::BadDescriptor) => check(self.opcode.is_none(), "it is a good one"),
+            Some(Status::EarlierFailed) if self.opcode == Some(Opcode::Batch) => {
+                check(tally.stopped, "no fence has stopped it")?;
+                let counts = (tally.ended, tally.failed);
+                check((record.bytes, record.result) == counts, "other numbers")
+            }
             Some(Status::EarlierFailed) => {
-                check(self.opcode == Some(Opcode::Fence), "of no fence")?;
-                check(unsuccessful > 0, "none before failed")?;
-                check(record.result == unsuccessful, "another number")
+                check(self.is_fence(), "of no fence")?;
+                check(tally.unsuccessful > 0, "none before failed")?;
+                check(record.result == tally.unsuccessful, "another number")
             }
             _ => Err("a status for which there is no reason"),
         }

@@ -74,6 +74,8 @@ pub struct Context {
     pub record_page: u64,
     /// The page that the lists are in.
     pub lists: u64,
+    /// The page that the descriptors of batches are in.
+    pub batches: u64,
     /// Where the device says how many operations have ended.
     pub head: Gpa,
     /// The page table as it is; a page that is not here maps nothing.
@@ -84,12 +86,23 @@ pub struct Context {
     pub(super) groups: Vec<Group>,
     /// All numbers there ever were.
     pub(super) numbers: HashSet<u32>,
-    /// How many have ended since the context was started.
+    /// How many of the ring have ended since the context was started.
     pub retired: u32,
-    /// Operations since the last fence that did not end with success.
-    pub unsuccessful: u64,
+    pub(super) tally: Tally,
     /// Submitted without looking whether the device sleeps.
     pub unrung: bool,
+}
+
+/// What an operation that tells of others must say.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Tally {
+    /// Operations since the last fence that did not end with success.
+    pub unsuccessful: u64,
+    /// Of the batch under way: how many have ended, and how many of those not with success.
+    pub ended: u64,
+    pub failed: u64,
+    /// A fence has ended it.
+    pub stopped: bool,
 }
 
 /// A frame that was taken out of a page table, and is not the kernel's yet.
@@ -114,13 +127,20 @@ pub struct Counts {
 }
 
 impl Context {
+    /// What is left of the batch under way is not begun any more.
+    pub(super) fn drop_batch(&mut self) {
+        while self.operations.front().is_some_and(|op| op.in_batch) {
+            self.operations.pop_front();
+        }
+    }
+
     /// It is stopped: nothing of it is left, but the numbers of its groups.
     pub(super) fn stop(&mut self) {
         self.runs = false;
         self.failed = false;
         self.unrung = false;
         self.retired = 0;
-        self.unsuccessful = 0;
+        self.tally = Tally::default();
         self.errors.clear();
         self.operations.clear();
         self.groups.clear();

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 use extlb_device::ports::{Dma, Ports};
 use extlb_device::{Config, Core, Device};
 use extlb_spec::context::ContextShadow;
-use extlb_spec::work::{Descriptor, Segment, flags};
+use extlb_spec::work::{Descriptor, Opcode, Segment, flags};
 use extlb_spec::{Gpa, Iova, regs};
 
 use super::observe::{Heard, Observed};
@@ -27,7 +27,11 @@ pub const SMALL: u64 = 0x5555_0000_0000;
 pub const SMALL_PAGES: u64 = 12;
 /// The page of a context's lists: as much for each submission of the ring.
 pub const LISTS: u64 = 0x5555_8000_0000;
-const LISTS_OF_ONE: u64 = PAGE >> RING_LOG2;
+/// The page of the descriptors in its batches: likewise.
+pub const BATCHES: u64 = 0x5555_9000_0000;
+const OF_ONE: u64 = PAGE >> RING_LOG2;
+/// Descriptors of a batch, at most.
+pub const MAX_BATCH: usize = 4;
 /// A piece of the address space that may be one leaf of 2 MiB.
 pub const LARGE: u64 = 0x5555_4000_0000;
 const LARGE_SIZE: u64 = 2 << 20;
@@ -39,8 +43,9 @@ pub type Within = Box<dyn FnOnce(&World) + Send>;
 pub struct World {
     pub guest: Guest,
     pub processes: Vec<Process>,
-    /// The frame of each one's lists.
+    /// The frames of each one's lists and batches.
     lists: Vec<Gpa>,
+    batches: Vec<Gpa>,
     model: Arc<Mutex<Model>>,
     /// What the kernel does in the middle of an access, and of which.
     pub within: Mutex<Option<(u64, Within)>>,
@@ -75,9 +80,11 @@ impl World {
         guest.device.set_bus_master(true);
         guest.enable();
         let processes: Vec<_> = (0..CONTEXTS).map(|c| Process::new(&guest, c)).collect();
-        let lists: Vec<_> = processes.iter().map(|_| guest.pages.take()).collect();
-        for (process, lists) in processes.iter().zip(&lists) {
+        let pages = || -> Vec<_> { processes.iter().map(|_| guest.pages.take()).collect() };
+        let (lists, batches) = (pages(), pages());
+        for ((process, lists), batches) in processes.iter().zip(&lists).zip(&batches) {
             process.map(Iova(LISTS), *lists, true);
+            process.map(Iova(BATCHES), *batches, true);
             let mut model = model.lock().unwrap();
             model.contexts.push(Context {
                 credits: 4,
@@ -85,6 +92,7 @@ impl World {
                 records: process.records_page,
                 record_page: process.records.0,
                 lists: LISTS,
+                batches: BATCHES,
                 head: Gpa(process.shadow.0 + offset_of!(ContextShadow, head) as u64),
                 ..Default::default()
             });
@@ -92,6 +100,7 @@ impl World {
                 (process.ring.0, process.ring_page),
                 (process.records.0, process.records_page),
                 (LISTS, *lists),
+                (BATCHES, *batches),
             ] {
                 let leaf = Leaf { frame, write: true };
                 model.map(process.context, page, Some(leaf));
@@ -101,6 +110,7 @@ impl World {
             guest,
             processes,
             lists,
+            batches,
             model,
             within: Mutex::new(None),
             blocks: Mutex::new(BLOCKS),
@@ -169,6 +179,13 @@ impl World {
 
     // ---- Programs.
 
+    /// Whether a context's ring has room.
+    fn has_room(&self, c: u32) -> bool {
+        let context = &self.model().contexts[c as usize];
+        let in_ring = context.operations.iter().filter(|op| !op.in_batch).count();
+        context.runs && !context.failed && in_ring < 1 << RING_LOG2
+    }
+
     /// Submits, if the ring has room. `lists`: what the operands are lists of. `kick`: as the
     /// protocol asks for; else not at all.
     pub fn submit(
@@ -178,31 +195,80 @@ impl World {
         lists: [Option<Vec<Segment>>; 2],
         kick: bool,
     ) {
-        let process = &self.processes[c as usize];
-        {
-            let context = &mut self.model().contexts[c as usize];
-            if !context.runs || context.failed || context.operations.len() >= 1 << RING_LOG2 {
-                return;
-            }
-            // A device that sleeps is rung for all that is there, one that polls sees it.
-            context.unrung = !kick;
+        if !self.has_room(c) {
+            return;
         }
+        let process = &self.processes[c as usize];
         let [src, dst] = &lists;
-        let slot = process.submitted() % (1 << RING_LOG2) * LISTS_OF_ONE;
+        let slot = process.submitted() % (1 << RING_LOG2);
         if let Some(list) = src {
             descriptor.flags |= flags::SRC_LIST;
-            (descriptor.src, descriptor.src_segments) = self.write_list(c, slot, list);
+            (descriptor.src, descriptor.src_segments) = self.write_list(c, slot * OF_ONE, list);
         }
         if let Some(list) = dst {
             descriptor.flags |= flags::DST_LIST;
-            let slot = slot + LISTS_OF_ONE / 2;
-            (descriptor.dst, descriptor.dst_segments) = self.write_list(c, slot, list);
+            let at = slot * OF_ONE + OF_ONE / 2;
+            (descriptor.dst, descriptor.dst_segments) = self.write_list(c, at, list);
         }
-        let n = process.submit(descriptor);
-        let operation = Operation::new(n % 128 * 32, descriptor, lists);
-        self.model().contexts[c as usize]
-            .operations
-            .push_back(operation);
+        descriptor.completion = self.fresh_record(c, slot);
+        self.ring_with(c, descriptor, lists, kick);
+    }
+
+    /// Submits a batch, if the ring has room.
+    pub fn submit_batch(&self, c: u32, all: &[Descriptor], own_flags: u8, kick: bool) {
+        if !self.has_room(c) {
+            return;
+        }
+        let slot = self.processes[c as usize].submitted() % (1 << RING_LOG2);
+        let offset = slot * OF_ONE;
+        for (n, descriptor) in (0..).zip(all) {
+            let number = (1 << RING_LOG2) + slot * MAX_BATCH as u64 + n;
+            let descriptor = Descriptor {
+                completion: self.fresh_record(c, number),
+                ..*descriptor
+            };
+            let at = offset + n * Descriptor::SIZE as u64;
+            let at = Gpa(self.batches[c as usize].0 + at);
+            self.guest.ram.write(at, &descriptor.to_bytes()).unwrap();
+            let operation = Operation::new(number * 32, descriptor, [None, None]);
+            self.model().contexts[c as usize]
+                .operations
+                .push_back(operation.of_batch());
+        }
+        let descriptor = Descriptor {
+            flags: own_flags,
+            completion: self.fresh_record(c, slot),
+            ..common::op(Opcode::Batch, BATCHES + offset, 0, all.len() as u64)
+        };
+        self.ring_with(c, descriptor, [None, None], kick);
+    }
+
+    /// The address of a record, which is zero from now on.
+    fn fresh_record(&self, c: u32, number: u64) -> u64 {
+        let process = &self.processes[c as usize];
+        let at = Gpa(process.records_page.0 + number * 32);
+        self.guest.ram.write(at, &[0; 32]).unwrap();
+        process.record(number).0
+    }
+
+    /// Puts a descriptor into the ring.
+    fn ring_with(
+        &self,
+        c: u32,
+        descriptor: Descriptor,
+        lists: [Option<Vec<Segment>>; 2],
+        kick: bool,
+    ) {
+        let process = &self.processes[c as usize];
+        process.submit(descriptor);
+        let record = descriptor.completion - process.records.0;
+        let operation = Operation::new(record, descriptor, lists);
+        {
+            let context = &mut self.model().contexts[c as usize];
+            // A device that sleeps is rung for all that is there, one that polls sees it.
+            context.unrung = !kick;
+            context.operations.push_back(operation);
+        }
         if kick && process.word(offset_of!(ContextShadow, need_kick)) != 0 {
             process.ring(&self.guest);
         }
@@ -211,7 +277,7 @@ impl World {
     /// Writes a list into the page of lists: where it is, and how long.
     fn write_list(&self, c: u32, offset: u64, list: &[Segment]) -> (u64, u32) {
         let bytes: Vec<u8> = list.iter().flat_map(Segment::to_bytes).collect();
-        assert!(bytes.len() as u64 <= LISTS_OF_ONE / 2);
+        assert!(bytes.len() as u64 <= OF_ONE / 2);
         let at = Gpa(self.lists[c as usize].0 + offset);
         self.guest.ram.write(at, &bytes).unwrap();
         (LISTS + offset, list.len() as u32)

@@ -7,7 +7,7 @@ use extlb_spec::pte::{self, Pte, bit};
 use extlb_spec::{Gpa, Iova};
 
 use super::super::Leaf;
-use super::{LARGE, LARGE_SIZE, LISTS, World};
+use super::{BATCHES, LARGE, LARGE_SIZE, LISTS, World};
 use crate::common::PAGE;
 
 /// What a change of the page table does.
@@ -101,6 +101,7 @@ impl World {
                     p if p == process.ring.0 => process.ring_page,
                     p if p == process.records.0 => process.records_page,
                     LISTS => self.lists[c as usize],
+                    BATCHES => self.batches[c as usize],
                     _ => self.fresh(page),
                 },
                 write: write || page == process.records.0,
