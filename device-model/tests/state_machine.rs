@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use extlb_spec::work::{Descriptor, Opcode, flags};
 use lives::{Action, Manner, Place, Shoot, Work, action};
-use model::world::{BATCHES, LARGE, LISTS, SMALL, SMALL_PAGES, World};
+use model::world::{BATCHES, Change, LARGE, LISTS, SMALL, SMALL_PAGES, World};
 use model::{Command, Scope};
 use proptest::prelude::*;
 
@@ -143,6 +143,37 @@ fn act(world: &Arc<World>, action: &Action) -> Result<(), String> {
                 (0..4).for_each(|_| world.queue_step());
             }
             again();
+        }
+        Action::Refuse {
+            context,
+            place,
+            work,
+            manner,
+            response,
+        } => {
+            for target in [false, true] {
+                let page = page(world, *context, *place, target);
+                world.change_leaf(*context, page, Change::Unmap);
+                world.post(Command::Invalidate(Scope::Range(
+                    *context,
+                    page,
+                    page + PAGE,
+                )));
+            }
+            let operand = match place {
+                Place::Small(_) | Place::Large(_) => *place,
+                _ => Place::Small(0),
+            };
+            let descriptor = descriptor(*work, operand, operand, 8, 64);
+            match place {
+                Place::Batches => world.submit_batch(*context, &[descriptor; 2], 0, true),
+                _ => submit(world, *context, *work, descriptor, *manner, true),
+            }
+            for _ in 0..3 {
+                (0..4).for_each(|_| world.queue_step());
+                (0..6).for_each(|_| world.engine_step());
+                kernel(world, &Action::Answer(0, *response, false));
+            }
         }
         Action::Settle => world.settle()?,
         other => kernel(world, other),

@@ -140,6 +140,14 @@ pub enum Action {
         restart: bool,
         drained: bool,
     },
+    /// A page is taken away, and refused to whoever asks for it then.
+    Refuse {
+        context: u32,
+        place: Place,
+        work: Work,
+        manner: Manner,
+        response: Response,
+    },
     Settle,
 }
 
@@ -318,6 +326,15 @@ pub fn action() -> impl Strategy<Value = Action> {
                 restart,
                 drained,
             }),
+        2 => (context(), place(), work(), manner(), response()).prop_map(
+            |(context, place, work, manner, response)| Action::Refuse {
+                context,
+                place,
+                work,
+                manner,
+                response,
+            }
+        ),
         1 => Just(Action::Settle),
     ]
 }
