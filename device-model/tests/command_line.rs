@@ -2,10 +2,11 @@
 
 mod wire;
 
+use std::net::TcpListener;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
 
 use extlb_spec::{BAR_REGS, regs};
 use wire::client::{Client, QEMU, VERSION, message, version_body};
@@ -51,10 +52,10 @@ fn sockets_of_a_service_manager_are_served() {
     assert!(program.end().success());
 }
 
-fn run(arguments: &[&str]) -> Output {
+/// Its code, and what it says on its outputs.
+fn run(arguments: &[&str], stdin: impl Into<Stdio>) -> (Option<i32>, String, String) {
     let mut command = Command::new(BINARY);
-    command.args(arguments).stdin(Stdio::null());
-    command.output().expect("runs")
+    Program::run_to_its_end(command.args(arguments).stdin(stdin))
 }
 
 #[test]
@@ -77,19 +78,20 @@ fn what_cannot_be_served_is_said() {
         ),
         (&["--dma-messages", "maybe"], 2, "standard"),
     ] {
-        let output = run(arguments);
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {said}");
+        let (ended, _, said) = run(arguments, Stdio::null());
+        assert_eq!(ended, Some(code), "{arguments:?}: {said}");
         assert!(said.contains(says), "{arguments:?}: {said}");
     }
-    let output = run(&[
-        "--socket-path",
-        "a",
-        "--socket-path",
-        "b",
-        "--print-qemu-args",
-    ]);
-    let said = String::from_utf8_lossy(&output.stdout);
+    // Sockets that no client of ours connects to.
+    let tcp = TcpListener::bind("127.0.0.1:0").expect("bound");
+    let datagrams = UnixDatagram::unbound().expect("made");
+    for socket in [OwnedFd::from(tcp), datagrams.into()] {
+        let (ended, _, said) = run(&["--fd", "0"], socket);
+        assert_eq!(ended, Some(1), "{said}");
+        assert!(said.contains("not a UNIX stream socket"), "{said}");
+    }
+    let two = ["--socket-path", "a", "--socket-path", "b"];
+    let (_, said, _) = run(&[&two[..], &["--print-qemu-args"]].concat(), Stdio::null());
     assert_eq!(said.lines().count(), 2, "{said}");
 }
 

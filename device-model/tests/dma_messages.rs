@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use extlb_device::server::{DmaMessages, Options};
 use extlb_spec::invalidation::{Command, CommandKind, wait};
 use extlb_spec::pte::Pte;
+use extlb_spec::regs::FatalError;
 use extlb_spec::work::{Completion, Descriptor, Opcode, Status};
 use extlb_spec::{BAR_DOORBELLS, BAR_REGS, Gpa, regs};
 use wire::client::*;
@@ -346,6 +347,23 @@ fn after_a_write_that_is_not_answered_nothing_is_acknowledged() {
     let report = std::fs::read_to_string(served.folder.path().join("report.json"));
     let report = report.expect("a report");
     assert!(report.contains("\"question\":\"DMA_WRITE\""), "{report}");
+}
+
+#[test]
+fn whoever_carries_out_a_request_does_not_ask() {
+    let served = served(DmaMessages::Standard, true);
+    let mut wire = Wire::connect(&served.socket);
+    wire.map_ram();
+    wire.start_bus();
+    let mapped = wire.client.dma_map_as(3, 0, BASE, LEN as u64, &[]);
+    mapped.expect("taken note of");
+    wire.configure();
+    wire.set(regs::SHADOW, BASE);
+    // Enabled by this very request, and answered without a question before: a client that waits
+    // for a register may answer nothing until it has it.
+    wire.set(regs::CTRL, regs::ctrl::ENABLE.into());
+    assert_eq!(wire.get(regs::STATUS), u64::from(regs::status::FATAL));
+    assert_eq!(wire.get(regs::ERROR), FatalError::Shadow as u64);
 }
 
 /// A wrong answer, out of a question and the right one.

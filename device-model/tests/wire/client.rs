@@ -1,7 +1,7 @@
 //! The client's half of the protocol, as a test needs it: it says what it likes, and hears all.
 #![allow(dead_code)] // each test file uses its part
 
-use std::io::{IoSlice, Read};
+use std::io::{ErrorKind, IoSlice, Read};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -153,10 +153,14 @@ impl Client {
         id
     }
 
-    /// The next message; `None` at the end.
+    /// The next message; `None` at the end, which has to come in time as well.
     pub fn receive(&mut self) -> Option<Received> {
         let mut header = [0; 16];
-        self.stream.read_exact(&mut header).ok()?;
+        match self.stream.read_exact(&mut header).map_err(|e| e.kind()) {
+            Ok(()) => {}
+            Err(ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset) => return None,
+            Err(other) => panic!("neither a message nor the end: {other}"),
+        }
         let size = u32_at(&header, 4) as usize;
         let mut body = vec![0; size - 16];
         self.stream.read_exact(&mut body).expect("the rest");

@@ -1,7 +1,7 @@
 //! The server as a program, which does not outlive its test.
 #![allow(dead_code)] // each test file uses its part
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -48,6 +48,23 @@ impl Program {
     pub fn end(mut self) -> ExitStatus {
         eventually("it ends", || !self.is_running());
         self.0.wait().expect("waited")
+    }
+
+    /// Starts it, and waits for its end: its code, and what it has said on its outputs, which is
+    /// little, as nobody reads it before.
+    pub fn run_to_its_end(command: &mut Command) -> (Option<i32>, String, String) {
+        let mut program = Self::run(command.stdout(Stdio::piped()).stderr(Stdio::piped()));
+        let text = |from: Option<&mut dyn Read>| {
+            let mut text = String::new();
+            from.expect("piped")
+                .read_to_string(&mut text)
+                .expect("read");
+            text
+        };
+        eventually("it ends", || !program.is_running());
+        let said = text(program.0.stdout.as_mut().map(|out| out as _));
+        let wrong = text(program.0.stderr.as_mut().map(|out| out as _));
+        (program.end().code(), said, wrong)
     }
 
     /// Ends it at once, whatever it is at.
