@@ -133,7 +133,6 @@ fn what_is_left_out_is_missed() {
         ("contexts/*/work/operation/crc", json!(0)),
         ("contexts/*/work/batch", json!(null)),
         ("contexts/*/work/ahead/count", json!(0)),
-        ("contexts/*/work/failed", json!(0)),
         ("contexts/*/work/misses", json!([])),
         ("contexts/*/waiting", json!([])),
         ("contexts/*/next_group", json!(0)),

@@ -24,6 +24,7 @@ impl Device {
             return Ok(());
         };
         let (opcode, flags) = (op.opcode, op.descriptor.flags);
+        access.count_bytes();
         let success = record.status == Status::Success as u32;
         if !success || flags & flag::QUIET == 0 {
             let page = access.page(Iova(op.descriptor.completion), true, 1)?;

@@ -9,6 +9,8 @@ use super::{Access, Halt, STEP};
 use crate::Device;
 
 const CHUNK: usize = PAGE_SIZE as usize;
+/// Pieces of a copy that are translated before the first is copied, after that one.
+const TOGETHER: usize = 15;
 /// For so many bytes no whole page is cleared first to read them into.
 const SMALL: usize = 256;
 
@@ -50,7 +52,7 @@ impl Device {
             _ => move_piece(access, op, limit),
         };
         let moved = op.done - before;
-        self.counters.bytes.add(moved);
+        access.moved(moved);
         let read = segments - (op.src.segments + op.dst.segments);
         result.map(|()| moved + STEP * u64::from(read))
     }
@@ -90,20 +92,7 @@ fn move_piece(access: &Access<'_>, op: &mut Operation, limit: u64) -> Result<(),
     let of = |cursor: &Cursor| cursor.left.min(limit);
     match op.opcode {
         Opcode::Copy if op.down => copy_down(access, op),
-        Opcode::Copy => {
-            let (src, dst) = op.piece(0);
-            let (from, to) = pair(access, (src, &op.src, false), (dst, &op.dst, true))?;
-            let len = of(&op.src).min(of(&op.dst)).min(from.rest()).min(to.rest());
-            // RAM may be in several ranges, of which one leaf covers more than one: the page at
-            // which nothing answers is to be found.
-            if from.try_copy_to(&to, len as usize) {
-                op.advance(len);
-                return Ok(());
-            }
-            by_pages(op, (src, dst), len, |_, offset, len| {
-                from.within(offset).copy_to(&to.within(offset), len)
-            })
-        }
+        Opcode::Copy => copy_up(access, op, limit),
         Opcode::Fill => {
             let (_, dst) = op.piece(0);
             let to = access.page(dst, true, pages(dst, op.dst.left))?;
@@ -136,7 +125,7 @@ fn move_piece(access: &Access<'_>, op: &mut Operation, limit: u64) -> Result<(),
         }
         _ => {
             let (src, dst) = op.piece(0);
-            let (a, b) = pair(access, (src, &op.src, false), (dst, &op.dst, false))?;
+            let (a, b) = pair(access, (src, op.src.left, false), (dst, op.dst.left, false))?;
             let len = of(&op.src).min(of(&op.dst)).min(a.rest()).min(b.rest());
             by_pages(op, (src, dst), len, |op, offset, len| {
                 let (mut left, mut right) = ([0; CHUNK], [0; CHUNK]);
@@ -154,14 +143,71 @@ fn move_piece(access: &Access<'_>, op: &mut Operation, limit: u64) -> Result<(),
     }
 }
 
+/// Copies from where it is on.
+fn copy_up(access: &Access<'_>, op: &mut Operation, limit: u64) -> Result<(), Halt> {
+    let (src, dst) = op.piece(0);
+    let (src_left, dst_left) = (op.src.left, op.dst.left);
+    let len = limit.min(src_left).min(dst_left);
+    let (from, to) = pair(access, (src, src_left, false), (dst, dst_left, true))?;
+    let first = len.min(from.rest()).min(to.rest());
+    if first == len {
+        return copy_piece(op, &from, &to, len);
+    }
+    // Several pages are translated before the first is copied: a walk ends with an atomic
+    // instruction, which would wait for every byte of the copy before it to leave the processor.
+    let mut pieces = [const { None }; TOGETHER];
+    let mut ahead = first;
+    let mut halt = Ok(());
+    for piece in &mut pieces {
+        let from = (Iova(src.0 + ahead), src_left - ahead, false);
+        match pair(access, from, (Iova(dst.0 + ahead), dst_left - ahead, true)) {
+            Ok((from, to)) => {
+                let len = (len - ahead).min(from.rest()).min(to.rest());
+                *piece = Some((from, to, len));
+                ahead += len;
+            }
+            // Its turn comes when all before it is copied.
+            Err(later) => {
+                halt = Err(later);
+                break;
+            }
+        }
+        if ahead == len {
+            break;
+        }
+    }
+    copy_piece(op, &from, &to, first)?;
+    for (from, to, len) in pieces.iter().flatten() {
+        // A drain waits for what was translated, so for as little of it as can be.
+        if access.is_awaited() || access.still().is_err() {
+            return Ok(());
+        }
+        copy_piece(op, from, to, *len)?;
+    }
+    halt
+}
+
+/// Copies what one leaf maps to what another one does.
+fn copy_piece(op: &mut Operation, from: &Page<'_>, to: &Page<'_>, len: u64) -> Result<(), Halt> {
+    // RAM may be in several ranges, of which one leaf covers more than one: the page at which
+    // nothing answers is to be found.
+    if from.try_copy_to(to, len as usize) {
+        op.advance(len);
+        return Ok(());
+    }
+    let at = op.piece(0);
+    by_pages(op, at, len, |_, offset, len| {
+        from.within(offset).copy_to(&to.within(offset), len)
+    })
+}
+
 /// The last page of what is left: nothing below it has been written yet.
 fn copy_down(access: &Access<'_>, op: &mut Operation) -> Result<(), Halt> {
     let into_page = |last: Iova| last.page_offset() + 1;
     let (src, dst) = op.piece(1);
     let len = op.left().min(into_page(src)).min(into_page(dst));
     let (src, dst) = op.piece(len);
-    let one = Cursor::range(0, len);
-    let (from, to) = pair(access, (src, &one, false), (dst, &one, true))?;
+    let (from, to) = pair(access, (src, len, false), (dst, len, true))?;
     from.copy_to(&to, len as usize)?;
     op.advance(len);
     Ok(())
@@ -236,12 +282,12 @@ fn lists(access: &Access<'_>, op: &mut Operation) -> Result<Lists, Halt> {
 /// Translates both operands; if both miss, both are asked for at once.
 fn pair<'a>(
     access: &'a Access<'_>,
-    (a, a_rest, a_write): (Iova, &Cursor, bool),
-    (b, b_rest, b_write): (Iova, &Cursor, bool),
+    (a, a_left, a_write): (Iova, u64, bool),
+    (b, b_left, b_write): (Iova, u64, bool),
 ) -> Result<(Page<'a>, Page<'a>), Halt> {
     match (
-        access.page(a, a_write, pages(a, a_rest.left)),
-        access.page(b, b_write, pages(b, b_rest.left)),
+        access.page(a, a_write, pages(a, a_left)),
+        access.page(b, b_write, pages(b, b_left)),
     ) {
         (Ok(a), Ok(b)) => Ok((a, b)),
         (Err(Halt::Missing(mut misses)), Err(Halt::Missing(more))) => {

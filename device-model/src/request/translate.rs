@@ -31,10 +31,25 @@ pub(crate) struct Access<'d> {
     guard: Guard<'d>,
     /// The translation handed out last, for the report if the guard is outlived.
     last: Cell<Used>,
-    /// Hits, for the context's counter when the guard ends: an atomic addition for each would
-    /// cost as much as the lookup.
+    tally: Tally,
+}
+
+/// What is counted when the guard ends: an atomic addition for each would cost as much as the
+/// lookup, and would wait for the bytes of the last copy to leave the processor.
+#[derive(Debug, Default)]
+struct Tally {
     hits: Cell<u64>,
+    /// For the cost of the step; counted already.
+    misses: Cell<u64>,
     walks: Cell<u64>,
+    walk_cache_hits: Cell<u64>,
+    evictions: Cell<u64>,
+    /// Counted before a record says so.
+    bytes: Cell<u64>,
+}
+
+fn add(cell: &Cell<u64>, n: u64) {
+    cell.set(cell.get() + n);
 }
 
 impl Device {
@@ -77,8 +92,7 @@ impl Device {
             memory,
             guard,
             last,
-            hits: Cell::new(0),
-            walks: Cell::new(0),
+            tally: Tally::default(),
         })
     }
 }
@@ -94,7 +108,20 @@ impl Access<'_> {
 
     /// Page table walks so far.
     pub(super) fn walks(&self) -> u64 {
-        self.walks.get()
+        self.tally.misses.get()
+    }
+
+    /// Bytes were moved.
+    pub(super) fn moved(&self, bytes: u64) {
+        add(&self.tally.bytes, bytes);
+    }
+
+    /// Counts the bytes that were moved.
+    pub(super) fn count_bytes(&self) {
+        match self.tally.bytes.take() {
+            0 => {}
+            bytes => self.device.counters.bytes.add(bytes),
+        }
     }
 
     /// Whether a drain waits for this access: it should end with the step that it is in.
@@ -125,9 +152,10 @@ impl Access<'_> {
 
     /// The TLB does not know: walks, from the lowest table that is remembered.
     fn walk(&self, ticket: &Ticket, iova: Iova, write: bool, pages: u64) -> Result<Leaf, Halt> {
-        let counters = self.counters();
-        counters.tlb_misses.add(1);
-        self.walks.set(self.walks.get() + 1);
+        let tally = &self.tally;
+        // At once: a walk may be slow, and it shows that one is under way.
+        self.counters().tlb_misses.add(1);
+        add(&tally.misses, 1);
         let tlb = &self.device.tlb;
         let root = Table {
             level: pte::LEVELS,
@@ -135,7 +163,7 @@ impl Access<'_> {
         };
         let from = tlb.table(ticket);
         if from.is_some() {
-            counters.walk_cache_hits.add(1);
+            add(&tally.walk_cache_hits, 1);
         }
         let mut found = walk(self.memory(), from.unwrap_or(root), iova, write);
         // Before software is asked for a page that it may have mapped: a table that it replaced
@@ -153,10 +181,10 @@ impl Access<'_> {
                 group: None,
             }]),
         })?;
-        counters.tlb_walks.add(1);
+        add(&tally.walks, 1);
         // Overtaken by a shootdown: good for this access, whose guard it waits for.
         if tlb.insert(ticket, leaf, &tables) == Inserted::Evicted {
-            counters.tlb_evictions.add(1);
+            add(&tally.evictions, 1);
         }
         Ok(leaf)
     }
@@ -168,7 +196,7 @@ impl Access<'_> {
         let context = self.space.context;
         let (leaf, fill) = match device.tlb.lookup(context, iova.page(), write) {
             Lookup::Hit(entry) => {
-                self.hits.set(self.hits.get() + 1);
+                add(&self.tally.hits, 1);
                 (entry.leaf, entry.fill)
             }
             Lookup::Miss(ticket) => (self.walk(&ticket, iova, write, pages)?, ticket.fill),
@@ -197,8 +225,17 @@ impl Access<'_> {
 
 impl Drop for Access<'_> {
     fn drop(&mut self) {
-        if self.hits.get() > 0 {
-            self.counters().tlb_hits.add(self.hits.get());
+        self.count_bytes();
+        let (counters, tally) = (self.counters(), &self.tally);
+        for (counter, count) in [
+            (&counters.tlb_hits, &tally.hits),
+            (&counters.tlb_walks, &tally.walks),
+            (&counters.walk_cache_hits, &tally.walk_cache_hits),
+            (&counters.tlb_evictions, &tally.evictions),
+        ] {
+            if count.get() > 0 {
+                counter.add(count.get());
+            }
         }
         // Before the guard itself is dropped.
         if self.guard.is_outlived() {

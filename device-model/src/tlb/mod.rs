@@ -257,20 +257,31 @@ impl Tlb {
     }
 
     /// Looks a page up; a write needs an entry that is writable and dirty.
-    #[inline]
+    ///
+    /// Inline as a whole, so that no entry has to be put together in memory: that took as long as
+    /// the rest.
+    #[inline(always)]
     pub(crate) fn lookup(&self, context: u32, page: Iova, write: bool) -> Lookup {
-        let found = self.find(context, page, write).unwrap_or_else(|Changing| {
-            // A set is being changed: nothing changes under the lock.
-            let _writer = lock(&self.writer);
-            self.find(context, page, write).unwrap_or(None)
-        });
+        match self.find(context, page, write) {
+            Ok(Some(entry)) => Lookup::Hit(entry),
+            Ok(None) => Lookup::Miss(self.ticket(context, page)),
+            Err(Changing) => self.lookup_again(context, page, write),
+        }
+    }
+
+    /// A set was being changed: nothing changes under the lock.
+    #[cold]
+    fn lookup_again(&self, context: u32, page: Iova, write: bool) -> Lookup {
+        let writer = lock(&self.writer);
+        let found = self.find(context, page, write).unwrap_or(None);
+        drop(writer);
         match found {
             Some(entry) => Lookup::Hit(entry),
             None => Lookup::Miss(self.ticket(context, page)),
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn find(&self, context: u32, page: Iova, write: bool) -> Result<Option<Entry>, Changing> {
         for level in LEAF_LEVELS {
             let array = self.array(level);

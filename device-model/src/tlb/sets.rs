@@ -83,6 +83,27 @@ struct Set<'a> {
     ranks: &'a [AtomicU64],
 }
 
+impl Set<'_> {
+    /// The first way that holds a tag. Looks at several before it decides: which way it is cannot be
+    /// foreseen, and a wrong guess of the processor costs more than the lookup.
+    #[inline]
+    fn way(&self, tag: u64) -> Option<usize> {
+        for (first, tags) in (0..).step_by(TOGETHER).zip(self.tags.chunks(TOGETHER)) {
+            let mut found = usize::MAX;
+            for (way, other) in tags.iter().enumerate().rev() {
+                let hit = other.load(Ordering::Relaxed) == tag;
+                found = if hit { way } else { found };
+            }
+            if found < tags.len() {
+                return Some(first + found);
+            }
+        }
+        None
+    }
+}
+
+/// Ways that are compared before a decision.
+const TOGETHER: usize = 4;
 const HEAD: usize = 2;
 const COLUMNS: usize = 4;
 
@@ -191,14 +212,13 @@ impl Sets {
     }
 
     /// Looks a tag up, without a lock.
-    #[inline]
+    #[inline(always)]
     pub(super) fn find(&self, index: usize, tag: u64) -> Result<Option<(Place, Line)>, Changing> {
         let set = self.set(index);
         // Acquire pairs with the release at the end of `change`: what is read below is at least
         // as new as this number.
         let before = set.sequence.load(Ordering::Acquire);
-        let way = (set.tags.iter()).position(|t| t.load(Ordering::Relaxed) == tag);
-        let found = way.map(|way| {
+        let found = set.way(tag).map(|way| {
             let line = Line {
                 tag,
                 data: set.data[way].load(Ordering::Relaxed),
@@ -256,8 +276,7 @@ impl Sets {
     /// that the policy names. Whether another one went.
     pub(super) fn put(&self, writer: &mut Writer, index: usize, line: Line) -> bool {
         let set = self.set(index);
-        let find = |tag| (set.tags.iter()).position(|t| t.load(Ordering::Relaxed) == tag);
-        let (way, evicted) = match find(line.tag).or_else(|| find(0)) {
+        let (way, evicted) = match set.way(line.tag).or_else(|| set.way(0)) {
             Some(way) => (way, false),
             None => (self.victim(writer, &set), true),
         };
