@@ -44,8 +44,7 @@ fn wait_at(index: u64, flags: u32) -> Command {
 }
 
 fn word(guest: &Guest, index: u64) -> u64 {
-    let at = Gpa(WORDS.0 + index * 8);
-    guest.ram.load_u64(at, Ordering::SeqCst).unwrap()
+    guest.load(Gpa(WORDS.0 + index * 8))
 }
 
 #[test]
@@ -300,21 +299,12 @@ fn a_device_that_hangs_in_memory_is_detected_and_fenced() {
         let process = guest.process(1);
         let src = process.map_fresh(Iova(SRC), 1)[0];
         let dst = process.map_fresh(Iova(DST), 1)[0];
-        let (inside, at_copy) = std::sync::mpsc::channel();
-        let (release, released) = std::sync::mpsc::channel::<()>();
-        guest.memory.hook(move |access| {
-            let hit = access == Access::Copy(src, dst);
-            if hit {
-                inside.send(()).unwrap();
-                released.recv().unwrap();
-            }
-            hit
-        });
+        let held = guest.memory.hold(Access::Copy(src, dst));
         let n = process.submit(copy(SRC, DST, 64));
         process.ring(&guest);
         let after = std::thread::scope(|scope| {
             let engine = scope.spawn(|| guest.device.engine_step());
-            at_copy.recv().unwrap();
+            held.wait();
             // Detection: whatever time the driver allows, there is no acknowledgement.
             process.set_device(Iova(DST), Pte::EMPTY);
             let ack = guest.shoot(1, DST, DST + PAGE);
@@ -333,7 +323,7 @@ fn a_device_that_hangs_in_memory_is_detected_and_fenced() {
                 guest.clock.advance(Duration::from_millis(100));
                 std::thread::yield_now();
             }
-            release.send(()).unwrap();
+            held.release();
             engine.join().unwrap();
             fenced.join().unwrap()
         });
@@ -376,20 +366,11 @@ fn a_fence_waits_for_an_acknowledgement_that_is_being_written() {
     for fence in fences {
         let guest = Arc::new(Guest::new());
         guest.process(1);
-        let (inside, at_word) = std::sync::mpsc::channel();
-        let (release, released) = std::sync::mpsc::channel::<()>();
-        guest.memory.hook(move |access| {
-            let hit = access == Access::Store(ACK);
-            if hit {
-                inside.send(()).unwrap();
-                released.recv().unwrap();
-            }
-            hit
-        });
+        let held = guest.memory.hold(Access::Store(ACK));
         guest.post_wait(wait::DRAINED | wait::INTERRUPT);
         let (accesses, interrupts) = std::thread::scope(|scope| {
             scope.spawn(|| guest.device.invalidation_step());
-            at_word.recv().unwrap();
+            held.wait();
             let inner = guest.clone();
             let fenced = scope.spawn(move || {
                 fence(&inner);
@@ -401,7 +382,7 @@ fn a_fence_waits_for_an_acknowledgement_that_is_being_written() {
                 assert!(!fenced.is_finished());
                 std::thread::yield_now();
             }
-            release.send(()).unwrap();
+            held.release();
             fenced.join().unwrap()
         });
         guest.set(regs::KICK, 1);

@@ -37,19 +37,8 @@ mod config {
     pub(crate) use extlb_device::config::{Geometry, Policy, TlbConfig};
 }
 
-/// Saving is not modelled.
-mod state {
-    pub(crate) use extlb_device::state::StateError;
-    pub(crate) const MAX_COUNT: u64 = 1 << 62;
-
-    pub(crate) fn check<T>(_: &'static str, _: bool, _: T) -> Result<(), StateError> {
-        Ok(())
-    }
-
-    pub(crate) fn is_page(_: extlb_spec::Gpa) -> bool {
-        true
-    }
-}
+#[path = "stand_ins/state.rs"]
+mod state;
 
 #[path = "../src/guard.rs"]
 mod guard;

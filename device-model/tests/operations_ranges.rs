@@ -10,9 +10,7 @@ use extlb_device::Device;
 use extlb_device::ports::Dma;
 use extlb_spec::page_request::{Response, flags as request_flags};
 use extlb_spec::pte::{self, Pte, bit};
-use extlb_spec::work::{
-    Completion, Descriptor, MAX_SEGMENTS, Opcode, Segment, Status, fault, flags,
-};
+use extlb_spec::work::{Descriptor, MAX_SEGMENTS, Opcode, Segment, Status, fault, flags};
 use extlb_spec::{Gpa, Iova, regs};
 use proptest::prelude::*;
 
@@ -42,10 +40,6 @@ fn put(guest: &Guest, pages: &[Gpa], data: &[u8]) {
 fn get(guest: &Guest, pages: &[Gpa]) -> Vec<u8> {
     let bytes = |page: &Gpa| guest.bytes(*page, PAGE as usize);
     pages.iter().flat_map(bytes).collect()
-}
-
-fn status(done: &Completion) -> Status {
-    Status::from_raw(done.status).expect("known")
 }
 
 proptest! {
@@ -399,18 +393,10 @@ const LEAF: u64 = 2 << 20;
 const A: u64 = 0x40_0000_0000;
 const B: u64 = 0x41_0000_0000;
 
-fn unwatched() -> (Guest, Process) {
-    let guest = Guest::new();
-    let process = guest.process(1);
-    process.write_entry(&guest, |e| e.flags &= !extlb_spec::context::flags::ORACLE);
-    guest.sync(1);
-    guest.run();
-    (guest, process)
-}
-
 #[test]
 fn large_leaves_are_moved_in_chunks_and_exactly() {
-    let (guest, process) = unwatched();
+    let guest = Guest::new();
+    let process = guest.unwatched(1);
     let (a, b) = (Gpa(16 << 20), Gpa(18 << 20));
     large(&guest, &process, A, a);
     large(&guest, &process, B, b);
@@ -460,7 +446,8 @@ fn large_leaves_are_moved_in_chunks_and_exactly() {
 #[test]
 fn where_ram_ends_in_a_leaf_is_found_to_the_page() {
     // RAM ends in the middle of the leaf: all before is done, and the page is named.
-    let (guest, process) = unwatched();
+    let guest = Guest::new();
+    let process = guest.unwatched(1);
     large(&guest, &process, A, Gpa(16 << 20));
     large(&guest, &process, B, Gpa(RAM as u64 - LEAF));
     large(&guest, &process, B + LEAF, Gpa(RAM as u64));

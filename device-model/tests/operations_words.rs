@@ -10,7 +10,7 @@ use extlb_device::ports::Dma;
 use extlb_spec::context::{ContextError, ContextShadow};
 use extlb_spec::page_request::{Response, flags as request_flags};
 use extlb_spec::pte::{Pte, bit};
-use extlb_spec::work::{Completion, Descriptor, MAX_BATCH, Opcode, Status, fault, flags};
+use extlb_spec::work::{Descriptor, MAX_BATCH, Opcode, Status, fault, flags};
 use extlb_spec::{Gpa, Iova, Vector, regs};
 
 const DST: u64 = 0x5555_1000_0000;
@@ -31,34 +31,23 @@ fn compare_swap(dst: u64, expected: u64, new: u64) -> Descriptor {
     }
 }
 
-fn status(done: &Completion) -> Status {
-    Status::from_raw(done.status).expect("known")
-}
-
-fn load(guest: &Guest, at: Gpa) -> u64 {
-    guest.ram.load_u64(at, Ordering::SeqCst).unwrap()
-}
-
 #[test]
 fn words_are_changed_and_the_old_value_comes_back() {
     let guest = Guest::new();
     let process = guest.process(1);
     let page = process.map_fresh(Iova(DST), 1)[0];
     let word = Gpa(page.0 + 4088);
-    guest
-        .ram
-        .store_u64(word, u64::MAX, Ordering::SeqCst)
-        .unwrap();
+    guest.store(word, u64::MAX);
     let done = process.go(&guest, fetch_add(DST + 4088, 3));
     assert_eq!(status(&done), Status::Success);
     assert_eq!((done.result, done.bytes), (u64::MAX, 8));
-    assert_eq!(load(&guest, word), 2, "modulo 2^64");
+    assert_eq!(guest.load(word), 2, "modulo 2^64");
     let missed = process.go(&guest, compare_swap(DST + 4088, 3, 9));
     assert_eq!((status(&missed), missed.result), (Status::Success, 2));
-    assert_eq!(load(&guest, word), 2);
+    assert_eq!(guest.load(word), 2);
     let hit = process.go(&guest, compare_swap(DST + 4088, 2, 9));
     assert_eq!((status(&hit), hit.result), (Status::Success, 2));
-    assert_eq!(load(&guest, word), 9);
+    assert_eq!(guest.load(word), 9);
     let dirty = process.device_pte(Iova(DST)).0 & bit::DIRTY;
     assert_eq!(dirty, bit::DIRTY);
 }
@@ -79,7 +68,7 @@ fn a_swap_that_writes_nothing_needs_a_writable_page_and_makes_it_dirty() {
     guest.run();
     assert_eq!(process.status(n), Some(Status::Success));
     assert_eq!(process.completion(n).result, 0);
-    assert_eq!(load(&guest, page), 0, "it was not 1");
+    assert_eq!(guest.load(page), 0, "it was not 1");
     assert_ne!(process.device_pte(Iova(DST)).0 & bit::DIRTY, 0);
 }
 
@@ -111,7 +100,7 @@ fn words_that_make_no_sense_are_refused() {
         assert_eq!(done.bytes, 0);
     }
     let page = process.map_fresh(Iova(DST), 1)[0];
-    assert_eq!(load(&guest, page), 0);
+    assert_eq!(guest.load(page), 0);
 }
 
 #[test]
@@ -124,19 +113,19 @@ fn an_add_happens_once_whatever_it_waits_for() {
     let n = process.submit(fetch_add(DST, 5));
     process.ring(&guest);
     guest.run();
-    assert_eq!(load(&guest, page), 0, "waits for its page");
+    assert_eq!(guest.load(page), 0, "waits for its page");
     let first = guest.expect_request();
     // The response comes, and the page is still not there: it asks again.
     guest.respond(&first, Response::Success);
     guest.run();
     let second = guest.expect_request();
-    assert_eq!((second.iova, load(&guest, page)), (DST, 0));
+    assert_eq!((second.iova, guest.load(page)), (DST, 0));
     process.map(Iova(DST), page, true);
     guest.respond(&second, Response::Success);
     guest.run();
     // Now it is done, and waits for the page of its record; that too is asked for twice.
     for again in [true, false] {
-        assert_eq!(load(&guest, page), 5);
+        assert_eq!(guest.load(page), 5);
         let request = guest.expect_request();
         assert_eq!(request.iova, process.records.0);
         if !again {
@@ -149,7 +138,7 @@ fn an_add_happens_once_whatever_it_waits_for() {
     }
     let done = process.completion(n);
     assert_eq!((status(&done), done.result), (Status::Success, 0));
-    assert_eq!(load(&guest, page), 5);
+    assert_eq!(guest.load(page), 5);
 }
 
 #[test]
@@ -186,13 +175,13 @@ fn adds_are_atomic_against_the_processors() {
         let mut swapped = 0;
         for _ in 0..500 {
             process.go(&guest, fetch_add(DST, 1));
-            let seen = load(&guest, page);
+            let seen = guest.load(page);
             let swap = process.go(&guest, compare_swap(DST, seen, seen + 1));
             swapped += u64::from(swap.result == seen);
         }
         stop.store(true, Ordering::Relaxed);
         let count = other.join().unwrap();
-        let sum = load(&guest, page);
+        let sum = guest.load(page);
         assert_eq!((sum >> 32, sum as u32 as u64), (count, 500 + swapped));
     });
 }
@@ -211,7 +200,7 @@ fn nothing_comes_between_the_load_and_the_store_of_a_word() {
         assert_eq!(process.go(&guest, fetch_add(DST, 1)).result, n);
     }
     assert_eq!(process.go(&guest, compare_swap(DST, 3, 7)).result, 3);
-    assert_eq!(load(&guest, page), 7);
+    assert_eq!(guest.load(page), 7);
 }
 
 fn fence() -> Descriptor {
@@ -279,7 +268,7 @@ fn quiet_operations_tell_of_failures_only() {
     });
     process.ring(&guest);
     guest.run();
-    assert_eq!(load(&guest, page), 1);
+    assert_eq!(guest.load(page), 1);
     assert_eq!(process.status(n), Some(Status::Pending));
     assert_eq!(process.word(offset_of!(ContextShadow, head)), 1);
     assert_eq!(process.word(offset_of!(ContextShadow, event_seq)), 1);
@@ -345,7 +334,7 @@ fn a_batch_runs_its_descriptors_in_order() {
     assert_eq!(member(3).status, 0, "quiet");
     assert_eq!(status(&member(4)), Status::NestedBatch);
     assert_eq!(process.completion(after).result, 1118);
-    assert_eq!(load(&guest, page), 1118);
+    assert_eq!(guest.load(page), 1118);
     assert_eq!(guest.vectors.count(Vector::Completion), 1);
     assert_eq!(process.word(offset_of!(ContextShadow, head)), 3);
     // Two members failed.
@@ -366,7 +355,7 @@ fn a_batch_may_be_long_and_its_array_is_demand_faulted() {
     let fence = process.submit(fence());
     process.ring(&guest);
     guest.run();
-    assert_eq!(load(&guest, page), 64, "up to the page that is missing");
+    assert_eq!(guest.load(page), 64, "up to the page that is missing");
     let request = guest.expect_request();
     assert_eq!((request.iova, request.flags), (ARRAY + PAGE, 0));
     process.map(Iova(ARRAY + PAGE), pages[1], true);
@@ -374,7 +363,7 @@ fn a_batch_may_be_long_and_its_array_is_demand_faulted() {
     guest.run();
     let done = process.completion(n);
     assert_eq!((status(&done), done.bytes), (Status::Success, MAX_BATCH));
-    assert_eq!(load(&guest, page), MAX_BATCH);
+    assert_eq!(guest.load(page), MAX_BATCH);
     assert_eq!(process.status(fence), Some(Status::Success));
 }
 
@@ -460,7 +449,7 @@ fn a_fence_that_fails_ends_its_batch() {
     let done = process.go(&guest, batch(6));
     assert_eq!(status(&done), Status::EarlierFailed);
     assert_eq!((done.bytes, done.result), (5, 2));
-    assert_eq!(load(&guest, page), 11);
+    assert_eq!(guest.load(page), 11);
     assert_eq!(process.completion(69).status, 0, "not begun");
     // The batch itself did not succeed; its fence has told the rest.
     assert_eq!(process.go(&guest, fence()).result, 1);
@@ -506,6 +495,6 @@ fn a_context_that_is_stopped_in_a_batch_starts_clean() {
     guest.run();
     let done = process.go(&guest, fetch_add(DST, 0));
     assert_eq!((status(&done), done.result), (Status::Success, 1));
-    assert_eq!(load(&guest, page), 1);
+    assert_eq!(guest.load(page), 1);
     assert_eq!(guest.get(regs::STRAY_RESPONSES), 0);
 }

@@ -5,6 +5,7 @@ use common::*;
 
 use std::mem::offset_of;
 
+use extlb_device::ports::Dma;
 use extlb_spec::context::{ContextError, ContextShadow};
 use extlb_spec::invalidation::KernelShadow;
 use extlb_spec::page_request::{Response, flags as request_flags};
@@ -24,16 +25,7 @@ fn pattern(len: usize) -> Vec<u8> {
 
 fn fill(guest: &Guest, pages: &[Gpa], data: &[u8]) {
     for (page, bytes) in pages.iter().zip(data.chunks(4096)) {
-        guest.memory.ram.write_page(*page, bytes);
-    }
-}
-
-trait WritePage {
-    fn write_page(&self, page: Gpa, bytes: &[u8]);
-}
-impl WritePage for extlb_device::GuestRam {
-    fn write_page(&self, page: Gpa, bytes: &[u8]) {
-        extlb_device::ports::Dma::write(self, page, bytes).unwrap();
+        guest.ram.write(*page, bytes).unwrap();
     }
 }
 
@@ -247,31 +239,19 @@ fn large_leaves_are_used_piece_by_piece() {
     process.device_leaf(iova);
     for level in [4, 3] {
         let at = Gpa(table.0 + extlb_spec::pte::index(iova, level) * 8);
-        table = Pte(load(&guest, at)).addr();
+        table = Pte(guest.load(at)).addr();
     }
     let at = Gpa(table.0 + extlb_spec::pte::index(iova, 2) * 8);
-    store(&guest, at, base.0 | bit::PRESENT | bit::WRITE | bit::LEAF);
+    guest.store(at, base.0 | bit::PRESENT | bit::WRITE | bit::LEAF);
     for i in 0..512 {
         let page = Gpa(base.0 + i * PAGE);
         process.set_cpu(Iova(iova.0 + i * PAGE), Some((page, true)));
     }
     let offset = 0x12_3456;
-    guest.ram.write_page(Gpa(base.0 + offset), b"large");
+    guest.ram.write(Gpa(base.0 + offset), b"large").unwrap();
     let crc = process.go(&guest, op(Opcode::Crc32c, iova.0 + offset, 0, 5));
     assert_eq!(crc.result, u64::from(crc32c::crc32c(b"large")));
     assert_eq!(guest.get(regs::ORACLE_SUSPECTS), 0);
-}
-
-fn load(guest: &Guest, at: Gpa) -> u64 {
-    use extlb_device::ports::Dma;
-    let order = std::sync::atomic::Ordering::SeqCst;
-    guest.ram.load_u64(at, order).unwrap()
-}
-
-fn store(guest: &Guest, at: Gpa, value: u64) {
-    use extlb_device::ports::Dma;
-    let order = std::sync::atomic::Ordering::SeqCst;
-    guest.ram.store_u64(at, value, order).unwrap();
 }
 
 #[test]

@@ -122,22 +122,13 @@ fn stops_wait_for_the_access_under_way() {
         let src = process.map_fresh(Iova(SRC), 1)[0];
         let dst = process.map_fresh(Iova(DST), 1)[0];
         // The engine's thread is held in the middle of a copy.
-        let (inside, at_copy) = std::sync::mpsc::channel();
-        let (release, released) = std::sync::mpsc::channel::<()>();
-        guest.memory.hook(move |access| {
-            let hit = access == Access::Copy(src, dst);
-            if hit {
-                inside.send(()).unwrap();
-                released.recv().unwrap();
-            }
-            hit
-        });
+        let held = guest.memory.hold(Access::Copy(src, dst));
         process.submit(copy(SRC, DST, 64));
         process.ring(&guest);
         let device: Arc<_> = guest.device.clone();
         std::thread::scope(|scope| {
             scope.spawn(|| guest.device.engine_step());
-            at_copy.recv().unwrap();
+            held.wait();
             let stopped = scope.spawn(move || stop(&*device));
             // It cannot have ended: the copy has not. (If it wrongly did, this would be seen
             // at some run, not at each; that it must not is what the drain tests show.)
@@ -145,7 +136,7 @@ fn stops_wait_for_the_access_under_way() {
                 assert!(!stopped.is_finished());
                 std::thread::yield_now();
             }
-            release.send(()).unwrap();
+            held.release();
             stopped.join().unwrap();
         });
         assert!(guest.memory.is_done());

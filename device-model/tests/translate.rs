@@ -19,11 +19,11 @@ const AT: u64 = 0x5555_0000_0000;
 const LARGE: Gpa = Gpa(RAM as u64 / 2);
 
 fn load(guest: &Guest, at: Gpa) -> Pte {
-    Pte(guest.ram.load_u64(at, Ordering::SeqCst).unwrap())
+    Pte(guest.load(at))
 }
 
 fn store(guest: &Guest, at: Gpa, value: Pte) {
-    guest.ram.store_u64(at, value.0, Ordering::SeqCst).unwrap();
+    guest.store(at, value.0);
 }
 
 /// Where the entry of `level` for an address is; tables above are made.
@@ -44,15 +44,6 @@ fn map(guest: &Guest, process: &Process, iova: u64, level: u32, frame: Gpa) -> G
     let large = if level > 1 { bit::LEAF } else { 0 };
     store(guest, at, Pte(Pte::leaf(frame, true).0 | large));
     at
-}
-
-/// A context that the oracle does not watch: its accesses reach as far as the leaf does.
-fn unwatched(guest: &Guest, context: u32) -> Process {
-    let process = guest.process(context);
-    process.write_entry(guest, |e| e.flags = 1);
-    guest.sync(context);
-    guest.run();
-    process
 }
 
 fn without_walk_cache() -> Guest {
@@ -90,7 +81,7 @@ fn accesses(guest: &Guest, process: &Process, opcode: Opcode, iova: u64) -> u64 
 #[test]
 fn leaves_of_every_size_are_used_together_and_take_one_entry_each() {
     let guest = Guest::new();
-    let process = unwatched(&guest, 1);
+    let process = guest.unwatched(1);
     let small = guest.pages.take();
     map(&guest, &process, AT, 1, small);
     let mid = AT + leaf_size(2);
@@ -171,7 +162,7 @@ fn a_walk_that_knows_the_table_reads_one_entry() {
 #[test]
 fn a_large_leaf_that_was_split_is_gone_with_its_first_page_invalidated() {
     let guest = Guest::new();
-    let process = unwatched(&guest, 1);
+    let process = guest.unwatched(1);
     let at = AT + 3 * leaf_size(2);
     let large = map(&guest, &process, at, 2, LARGE);
     let pages = leaf_size(2) / PAGE;
@@ -251,7 +242,7 @@ fn broken_page_tables_of_every_kind_are_bus_errors() {
 #[test]
 fn a_page_table_that_points_at_itself_ends_after_four_levels() {
     let guest = without_walk_cache();
-    let process = unwatched(&guest, 1);
+    let process = guest.unwatched(1);
     let slot = 77;
     let at = Gpa(process.root.0 + slot * 8);
     store(&guest, at, Pte::table(process.root));

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
 
 use extlb_device::GuestRam;
 use extlb_device::ports::{BusError, Dma};
@@ -22,6 +23,24 @@ pub enum Access {
     Loaded(Gpa),
     /// Before a word is stored, swapped or added to.
     Store(Gpa),
+}
+
+/// An access that is held in its middle.
+pub struct Held {
+    inside: Receiver<()>,
+    release: Sender<()>,
+}
+
+impl Held {
+    /// Waits until the access is made.
+    pub fn wait(&self) {
+        self.inside.recv().unwrap();
+    }
+
+    /// Lets it go on.
+    pub fn release(self) {
+        self.release.send(()).unwrap();
+    }
 }
 
 type Hook = Box<dyn FnMut(Access) -> bool + Send>;
@@ -50,6 +69,21 @@ impl Hooked {
 
     pub fn hook(&self, hook: impl FnMut(Access) -> bool + Send + 'static) {
         *self.hook.lock().unwrap() = Some(Box::new(hook));
+    }
+
+    /// The thread that makes this access is held in the middle of it.
+    pub fn hold(&self, which: Access) -> Held {
+        let (enter, inside) = channel();
+        let (release, released) = channel();
+        self.hook(move |access| {
+            let hit = access == which;
+            if hit {
+                enter.send(()).unwrap();
+                released.recv().unwrap();
+            }
+            hit
+        });
+        Held { inside, release }
     }
 
     fn meet(&self, access: Access) -> Result<(), BusError> {

@@ -17,13 +17,14 @@ pub use extlb_device::Core;
 use extlb_device::fault::{Injection, Interposed};
 use extlb_device::ports::{Dma, Event, Ignore, Ports};
 use extlb_device::{Config, GuestRam, Step};
+use extlb_spec::context::flags as context_flags;
 use extlb_spec::invalidation::{Command, CommandKind, InvalidationScope, KernelShadow, wait};
 use extlb_spec::page_request::{PageRequest, RequestKind, Response};
 use extlb_spec::regs::{self, Register};
 use extlb_spec::{BAR_REGS, Gpa};
 pub use memory::{Access, Hooked, Pages};
 pub use ports::{Events, HandClock, Vectors};
-pub use process::{Process, RING_LOG2, copy, op};
+pub use process::{Process, RING_LOG2, copy, op, status};
 
 pub const RAM: usize = 32 << 20;
 pub const CTX_TABLE: Gpa = Gpa(0x1000);
@@ -248,6 +249,15 @@ impl Guest {
         process
     }
 
+    /// One that the oracle does not watch: its accesses reach as far as a leaf does.
+    pub fn unwatched(&self, context: u32) -> Process {
+        let process = self.process(context);
+        process.write_entry(self, |e| e.flags &= !context_flags::ORACLE);
+        self.sync(context);
+        self.run();
+        process
+    }
+
     pub fn sync(&self, context: u32) {
         self.post(Command {
             kind: CommandKind::ContextSync as u32,
@@ -300,6 +310,14 @@ impl Guest {
     pub fn fatal(&self) -> u64 {
         let fatal = self.get(regs::STATUS) == u64::from(regs::status::FATAL);
         if fatal { self.get(regs::ERROR) } else { 0 }
+    }
+
+    pub fn load(&self, at: Gpa) -> u64 {
+        self.ram.load_u64(at, Ordering::SeqCst).unwrap()
+    }
+
+    pub fn store(&self, at: Gpa, value: u64) {
+        self.ram.store_u64(at, value, Ordering::SeqCst).unwrap();
     }
 
     pub fn bytes(&self, at: Gpa, len: usize) -> Vec<u8> {

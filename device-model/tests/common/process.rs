@@ -216,6 +216,11 @@ impl Process {
     }
 }
 
+/// How an operation ended.
+pub fn status(done: &Completion) -> Status {
+    Status::from_raw(done.status).expect("known")
+}
+
 pub fn op(opcode: Opcode, src: u64, dst: u64, len: u64) -> Descriptor {
     Descriptor {
         opcode: opcode as u8,
