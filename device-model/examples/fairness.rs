@@ -121,13 +121,33 @@ fn hostile(rig: &mut Rig, name: &str) -> (Program, Next) {
     (program, next)
 }
 
-/// Copies a second.
-fn rate(others: impl FnOnce(&mut Rig) -> Vec<(Program, Next)>) -> f64 {
+/// A program of copies of 2 MiB, by large leaves.
+fn mover(rig: &mut Rig, number: u32) -> (Program, Next) {
+    const SIZE: u64 = 2 << 20;
+    let program = rig.program(number);
+    for start in [SRC, DST] {
+        let at = rig.pages(16 * SIZE, SIZE);
+        for offset in (0..16).map(|i| i * SIZE) {
+            rig.map(&program, start + offset, Gpa(at.0 + offset), 2);
+        }
+    }
+    let next = |i| {
+        let offset = u64::from(i) % 16 * SIZE;
+        op(Opcode::Copy, SRC + offset, DST + offset, SIZE)
+    };
+    (program, Box::new(next))
+}
+
+/// Operations a second of a program beside others.
+fn rate(
+    first: impl FnOnce(&mut Rig, u32) -> (Program, Next),
+    others: impl FnOnce(&mut Rig) -> Vec<(Program, Next)>,
+) -> f64 {
     let mut config = config();
     // Room for the pages of all, so that it is time that they compete for.
     config.tlb.sets = 1024;
     let mut rig = Rig::new(config, 512 << 20);
-    let mut programs = vec![copier(&mut rig, 0)];
+    let mut programs = vec![first(&mut rig, 0)];
     programs.extend(others(&mut rig));
     let mut time = Duration::ZERO;
     while time < MEASURE {
@@ -146,12 +166,12 @@ fn rate(others: impl FnOnce(&mut Rig) -> Vec<(Program, Next)>) -> f64 {
 }
 
 fn main() {
-    let alone = rate(|_| Vec::new());
+    let alone = rate(copier, |_| Vec::new());
     println!("alone                              {alone:>10.0} /s");
     let show = |name: &str, rate: f64| {
         println!("beside {name:<27} {rate:>10.0} /s  {:.3}", rate / alone);
     };
-    let idle = rate(|rig| {
+    let idle = rate(copier, |rig| {
         let idle = |number| {
             let mut program = rig.program(number);
             rig.submit(&mut program, 1, |_| Descriptor::default());
@@ -164,7 +184,9 @@ fn main() {
         Vec::new()
     });
     show("255 idle ones", idle);
-    let busy = rate(|rig| (1..16).map(|number| copier(rig, number)).collect());
+    let busy = rate(copier, |rig| {
+        (1..16).map(|number| copier(rig, number)).collect()
+    });
     show("15 like it", busy);
     for name in [
         "an endless fault",
@@ -176,6 +198,17 @@ fn main() {
         "words all over the place",
         "copies of 32 MiB",
     ] {
-        show(name, rate(|rig| vec![hostile(rig, name)]));
+        show(name, rate(copier, |rig| vec![hostile(rig, name)]));
+    }
+    let alone = rate(mover, |_| Vec::new());
+    println!("2 MiB at once, alone               {alone:>10.0} /s");
+    for (name, beside) in [
+        ("small copies", copier as fn(&mut Rig, u32) -> _),
+        ("words all over the place", |rig: &mut Rig, _| {
+            hostile(rig, "words all over the place")
+        }),
+    ] {
+        let rate = rate(mover, |rig| vec![beside(rig, 1)]);
+        println!("beside {name:<27} {rate:>10.0} /s  {:.3}", rate / alone);
     }
 }
