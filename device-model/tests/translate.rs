@@ -338,5 +338,10 @@ fn an_audit_looks_at_every_page_of_a_large_entry() {
     let dirty = audit();
     assert_eq!((dirty.mismatches, dirty.iova), (2, last));
     assert_eq!(dirty.device_gpa, LARGE.0 + (pages - 1) * PAGE);
+    // Of several the first is told.
+    let first = AT + 9 * PAGE;
+    process.set_cpu(Iova(first), None);
+    let dirtier = audit();
+    assert_eq!((dirtier.mismatches, dirtier.iova), (4, first));
     assert_eq!(guest.get(regs::ORACLE_STALE), 0);
 }
