@@ -9,6 +9,7 @@ mod rig;
 use std::time::Duration;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use extlb_device::Config;
 use extlb_spec::work::{Descriptor, Opcode, flags};
 use extlb_spec::{Gpa, PAGE_SIZE};
 use rig::{RING, Rig, config, timed};
@@ -34,8 +35,15 @@ fn copies(c: &mut Criterion) {
     plain(c);
     // The default, and what drains would have to wait longer for.
     for chunk in [32 << 10, 64 << 10, 256 << 10, 2 << 20] {
-        by_device(c, chunk);
+        let mut config = config();
+        config.schedule.chunk = chunk;
+        config.schedule.quantum = config.schedule.quantum.max(chunk);
+        by_device(c, &format!("chunks of {} KiB", chunk >> 10), config);
     }
+    // Each page that is scattered misses the TLB by default.
+    let mut config = config();
+    config.tlb.sets = 8192;
+    by_device(c, "a TLB that covers all", config);
 }
 
 /// What the processor does by itself: 2 MiB at a time, and pages in disorder.
@@ -65,10 +73,7 @@ fn plain(c: &mut Criterion) {
     bench("scattered 4 KiB pages", PAGE_SIZE as usize, 4099);
 }
 
-fn by_device(c: &mut Criterion, chunk: u32) {
-    let mut config = config();
-    config.schedule.chunk = chunk;
-    config.schedule.quantum = config.schedule.quantum.max(chunk);
+fn by_device(c: &mut Criterion, name: &str, config: Config) {
     let mut rig = Rig::new(config, 256 << 20);
     let mut program = rig.program(1);
     let (src, dst) = (rig.pages(LEN, LEAF), rig.pages(LEN, LEAF));
@@ -85,8 +90,7 @@ fn by_device(c: &mut Criterion, chunk: u32) {
         rig.map(&program, SRC + at, Gpa(src.0 + place(i)), 1);
         rig.map(&program, DST + at, Gpa(dst.0 + place(i + 7)), 1);
     }
-    let name = format!("copy of 32 MiB in chunks of {} KiB", chunk >> 10);
-    let mut group = c.benchmark_group(name);
+    let mut group = c.benchmark_group(format!("copy of 32 MiB, {name}"));
     group.throughput(Throughput::Bytes(LEN));
     group.sample_size(20);
     let mut bench = |name: &str, descriptor: Descriptor| {

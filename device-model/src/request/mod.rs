@@ -3,9 +3,10 @@
 //! doorbell → fetch → translate → (page request →) transfer → complete
 //!
 //! Each of these is a step. Steps are made under a guard, several of them until a drain begins, or
-//! the guard has lasted long enough. A step moves at most a chunk: so long does a drain wait. Nothing is translated
-//! before its step, and nothing is held between two guards but the progress of the operation, so
-//! that a context can be stopped, and a shootdown served, between any two of them.
+//! the guard has lasted long enough. A step moves at most a chunk, and of several pages no further
+//! one once a drain waits. Nothing is translated before its step, and nothing is held between two
+//! guards but the progress of the operation, so that a context can be stopped, and a shootdown
+//! served, between any two of them.
 
 mod doorbell;
 
@@ -243,7 +244,7 @@ impl Device {
                 let own = *op;
                 work.enter_batch(own);
             }
-            Some(op) => return self.transfer(access, op, work.failed, limit),
+            Some(op) => return transfer::transfer(access, op, work.failed, limit),
         }
         Ok(0)
     }

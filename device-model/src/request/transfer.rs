@@ -6,7 +6,6 @@ use extlb_spec::{Iova, PAGE_SIZE};
 use super::operation::{Cursor, Operation};
 use super::translate::{Page, pages, rest_of_page};
 use super::{Access, Halt, STEP};
-use crate::Device;
 
 const CHUNK: usize = PAGE_SIZE as usize;
 /// Pieces of a copy that are translated before the first is copied, after that one.
@@ -24,38 +23,36 @@ enum Lists {
     Bad,
 }
 
-impl Device {
-    /// Moves the next piece, at most `limit` bytes, or ends the operation if there is none. What it
-    /// cost: the bytes that it moved, and the segments that it read. `failed`: operations since the last fence that did not succeed.
-    pub(super) fn transfer(
-        &self,
-        access: &Access<'_>,
-        op: &mut Operation,
-        failed: u64,
-        limit: u64,
-    ) -> Result<u64, Halt> {
-        let (before, segments) = (op.done, op.src.segments + op.dst.segments);
-        let result = match op.opcode {
-            Opcode::Nop | Opcode::Batch => {
-                op.end(Status::Success, 0);
-                Ok(())
-            }
-            Opcode::Fence => {
-                let status = match failed {
-                    0 => Status::Success,
-                    _ => Status::EarlierFailed,
-                };
-                op.end(status, failed);
-                Ok(())
-            }
-            Opcode::FetchAdd | Opcode::CompareSwap => atomic(access, op),
-            _ => move_piece(access, op, limit),
-        };
-        let moved = op.done - before;
-        access.moved(moved);
-        let read = segments - (op.src.segments + op.dst.segments);
-        result.map(|()| moved + STEP * u64::from(read))
-    }
+/// Moves the next piece, at most `limit` bytes, or ends the operation if there is none. What it
+/// cost: the bytes that it moved, and the segments that it read. `failed`: operations since the
+/// last fence that did not succeed.
+pub(super) fn transfer(
+    access: &Access<'_>,
+    op: &mut Operation,
+    failed: u64,
+    limit: u64,
+) -> Result<u64, Halt> {
+    let (before, segments) = (op.done, op.src.segments + op.dst.segments);
+    let result = match op.opcode {
+        Opcode::Nop | Opcode::Batch => {
+            op.end(Status::Success, 0);
+            Ok(())
+        }
+        Opcode::Fence => {
+            let status = match failed {
+                0 => Status::Success,
+                _ => Status::EarlierFailed,
+            };
+            op.end(status, failed);
+            Ok(())
+        }
+        Opcode::FetchAdd | Opcode::CompareSwap => atomic(access, op),
+        _ => move_piece(access, op, limit),
+    };
+    let moved = op.done - before;
+    access.moved(moved);
+    let read = segments - (op.src.segments + op.dst.segments);
+    result.map(|()| moved + STEP * u64::from(read))
 }
 
 /// Changes a word. Once only: it ends the operation in the same step, and what is left is to write
