@@ -144,13 +144,11 @@ macro_rules! layout {
                 doc: &[$($doc),*],
             };
             /// Decodes from little-endian bytes.
-            #[inline]
             pub fn from_bytes(bytes: &[u8; $size]) -> Self {
                 Self { $( $field: <$ty as $crate::table::Member>::get(
                     &bytes[$offset..$offset + core::mem::size_of::<$ty>()]) ),* }
             }
             /// Encodes to little-endian bytes.
-            #[inline]
             pub fn to_bytes(&self) -> [u8; $size] {
                 let mut bytes = [0u8; $size];
                 $( <$ty as $crate::table::Member>::put(self.$field,
