@@ -4,7 +4,8 @@
 mod common;
 use common::*;
 
-use std::sync::atomic::Ordering;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use extlb_device::ContextStats;
 use extlb_device::ports::Dma;
@@ -256,6 +257,44 @@ fn a_page_table_that_points_at_itself_ends_after_four_levels() {
     shoot(&guest, &process, loops, PAGE);
     let done = process.go(&guest, op(Opcode::Crc32c, loops, 0, 8));
     assert_eq!(done.status, Status::BusError as u32);
+}
+
+/// Software that changes the leaf each time the device has looked at it cannot hold a guard for
+/// ever, and a leaf that it took out is not used.
+#[test]
+fn a_leaf_that_never_stays_the_same_becomes_a_page_request() {
+    let guest = without_walk_cache();
+    let process = guest.unwatched(1);
+    let frames = process.map_fresh(Iova(AT), 1)[0];
+    let other = guest.pages.take();
+    let leaf = process.device_leaf(Iova(AT));
+    let ram = guest.ram.clone();
+    let swaps = Arc::new(AtomicU64::new(0));
+    let counted = swaps.clone();
+    let mut now = false;
+    guest.memory.hook(move |access| {
+        match access {
+            Access::Loaded(at) if at == leaf => {
+                now = !now;
+                let next = Pte::leaf(if now { other } else { frames }, true);
+                ram.store_u64(at, next.0, Ordering::SeqCst).unwrap();
+            }
+            Access::Store(at) if at == leaf => {
+                counted.fetch_add(1, Ordering::SeqCst);
+            }
+            _ => {}
+        }
+        false
+    });
+    process.submit(op(Opcode::Fill, 0, AT, 8));
+    process.ring(&guest);
+    guest.run();
+    assert_eq!(swaps.load(Ordering::SeqCst), 64, "tries of one walk");
+    let request = guest.take_request().expect("a request");
+    assert_eq!(request.iova, AT);
+    let bits = load(&guest, leaf).0 & (bit::ACCESSED | bit::DIRTY);
+    assert_eq!(bits, 0, "nothing was used");
+    assert_eq!(guest.bytes(frames, 8), guest.bytes(other, 8));
 }
 
 #[test]
