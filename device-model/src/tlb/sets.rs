@@ -375,3 +375,36 @@ fn oldest(tree: u64, ways: usize) -> usize {
     }
     node - ways
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Filled where the tree points, and touched there: each way once in a round, and the way
+    /// touched last is not the next.
+    #[test]
+    fn a_tree_takes_every_way_in_turn() {
+        for log2 in 0..=6 {
+            let ways = 1 << log2;
+            let mut tree = 0;
+            for _ in 0..3 {
+                let mut taken = vec![false; ways];
+                for _ in 0..ways {
+                    let way = oldest(tree, ways);
+                    assert!(
+                        !std::mem::replace(&mut taken[way], true),
+                        "{ways} ways: {way}"
+                    );
+                    tree = point_away(tree, way, ways);
+                    assert!(ways == 1 || oldest(tree, ways) != way, "{ways} ways: {way}");
+                }
+            }
+            // A use in between saves a way, and its neighbour in the tree goes before it.
+            for way in 0..ways {
+                let tree = point_away(point_away(0, way, ways), way ^ (ways / 2), ways);
+                let half = oldest(tree, ways) & (ways / 2);
+                assert!(ways == 1 || half == way & (ways / 2), "{ways} ways: {way}");
+            }
+        }
+    }
+}

@@ -90,7 +90,7 @@ fn configs() -> impl Strategy<Value = TlbConfig> {
         Just(Policy::Random)
     ];
     let geometry = || {
-        (0..3u32, 0..3u32).prop_map(|(s, w)| Geometry {
+        (0..3u32, 0..4u32).prop_map(|(s, w)| Geometry {
             sets: 1 << s,
             ways: 1 << w,
         })

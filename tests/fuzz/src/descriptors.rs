@@ -146,6 +146,10 @@ impl World {
                 process.wild = true;
                 process.tail = input.u32();
                 self.machine.memory.put_u32(process.shadow(), process.tail);
+                // It is read again when all is done that it said before: one turn may see two
+                // rings full.
+                let head = process.head();
+                self.machine.memory.may_count(head, 2 * RING_ENTRIES);
                 self.machine.doorbell(process.context);
             }
             24 => {

@@ -104,6 +104,14 @@ impl Watched {
         counted.push((at, 0, most));
     }
 
+    /// From here on the device may count further at once.
+    pub(crate) fn may_count(&self, at: Gpa, most: u32) {
+        let counted = &mut self.noted().counted;
+        if let Some(word) = counted.iter_mut().find(|word| word.0 == at) {
+            word.2 = most;
+        }
+    }
+
     /// What the device stored last in a word in which it counts, whatever software did to it.
     pub(crate) fn counted(&self, at: Gpa) -> u32 {
         let noted = self.noted();
