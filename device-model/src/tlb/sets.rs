@@ -378,8 +378,6 @@ fn oldest(tree: u64, ways: usize) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-
     /// Filled where the tree points, and touched there: each way once in a round, and the way
     /// touched last is not the next.
     #[test]
@@ -390,19 +388,23 @@ mod tests {
             for _ in 0..3 {
                 let mut taken = vec![false; ways];
                 for _ in 0..ways {
-                    let way = oldest(tree, ways);
+                    let way = super::oldest(tree, ways);
                     assert!(
                         !std::mem::replace(&mut taken[way], true),
                         "{ways} ways: {way}"
                     );
-                    tree = point_away(tree, way, ways);
-                    assert!(ways == 1 || oldest(tree, ways) != way, "{ways} ways: {way}");
+                    tree = super::point_away(tree, way, ways);
+                    assert!(
+                        ways == 1 || super::oldest(tree, ways) != way,
+                        "{ways} ways: {way}"
+                    );
                 }
             }
             // A use in between saves a way, and its neighbour in the tree goes before it.
             for way in 0..ways {
-                let tree = point_away(point_away(0, way, ways), way ^ (ways / 2), ways);
-                let half = oldest(tree, ways) & (ways / 2);
+                let tree =
+                    super::point_away(super::point_away(0, way, ways), way ^ (ways / 2), ways);
+                let half = super::oldest(tree, ways) & (ways / 2);
                 assert!(ways == 1 || half == way & (ways / 2), "{ways} ways: {way}");
             }
         }
