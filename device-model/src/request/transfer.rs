@@ -169,7 +169,7 @@ fn copy_up(access: &Access<'_>, op: &mut Operation, limit: u64) -> Result<(), Ha
                 break;
             }
         }
-        if ahead == len {
+        if ahead == len || access.is_awaited() {
             break;
         }
     }
