@@ -118,6 +118,10 @@ struct extlb_dev {
 	struct extlb_prq prq;
 	struct workqueue_struct *wq;
 
+	struct delayed_work watchdog;
+	u32 watched_head, watched_tail;	/* of the page request ring, last time */
+	atomic64_t missed_interrupts;
+
 	spinlock_t ctx_lock;		/* of @ctx and @files */
 	struct extlb_ctx *ctx[EXTLB_MAX_CONTEXTS];
 	struct list_head files;		/* of extlb_ctx.node: all open files */
@@ -202,6 +206,8 @@ struct extlb_cleared {
 
 /* extlb_drv.c */
 void extlb_fence(struct extlb_dev *dev, const char *reason);
+void extlb_fatal(struct extlb_dev *dev);
+void extlb_wake_completed(struct extlb_dev *dev);
 u64 extlb_read_counter(struct extlb_dev *dev, u32 reg);
 void extlb_dev_put(struct extlb_dev *dev);
 
@@ -269,6 +275,11 @@ void extlb_kick(struct extlb_dev *dev, const u32 *need_kick);
 /* extlb_prq.c */
 void extlb_prq_consume(struct extlb_dev *dev);
 void extlb_fault_work(struct work_struct *work);
+
+/* extlb_watchdog.c */
+void extlb_watchdog_init(struct extlb_dev *dev);
+void extlb_watchdog_start(struct extlb_dev *dev);
+void extlb_watchdog_stop(struct extlb_dev *dev);
 
 /* extlb_debugfs.c */
 void extlb_debugfs_add(struct extlb_dev *dev);

@@ -102,8 +102,9 @@ static int stats_show(struct seq_file *m, void *v)
 	struct extlb_dev *dev = m->private;
 	int i;
 
-	seq_printf(m, "dead %d\nshootdowns %lld\n", extlb_is_dead(dev),
-		   atomic64_read(&dev->shootdowns));
+	seq_printf(m, "dead %d\nshootdowns %lld\nmissed_interrupts %lld\n",
+		   extlb_is_dead(dev), atomic64_read(&dev->shootdowns),
+		   atomic64_read(&dev->missed_interrupts));
 	for (i = 0; i < ARRAY_SIZE(counters); i++)
 		seq_printf(m, "%s %llu\n", counters[i].name,
 			   extlb_read_counter(dev, counters[i].reg));

@@ -34,6 +34,7 @@ static int extlb_open(struct inode *inode, struct file *file)
 	spin_lock(&dev->ctx_lock);
 	list_add(&ctx->node, &dev->files);
 	spin_unlock(&dev->ctx_lock);
+	extlb_watchdog_start(dev);
 	file->private_data = ctx;
 	return nonseekable_open(inode, file);
 }

@@ -101,21 +101,24 @@ u64 extlb_read_counter(struct extlb_dev *dev, u32 reg)
 	return value;
 }
 
-static irqreturn_t error_irq(int irq, void *data)
+/* The device has stopped for an error, and says which. */
+void extlb_fatal(struct extlb_dev *dev)
 {
-	struct extlb_dev *dev = data;
 	char reason[80];
-	u32 status;
 
-	if (extlb_is_dead(dev))
-		return IRQ_HANDLED;
-	status = readl(dev->regs + EXTLB_REG_STATUS);
-	if (!(status & EXTLB_STATUS_FATAL))
-		return IRQ_HANDLED;
 	snprintf(reason, sizeof(reason), "fatal error %u about %#llx",
 		 readl(dev->regs + EXTLB_REG_ERROR),
 		 readq(dev->regs + EXTLB_REG_ERROR_INFO));
 	extlb_fence(dev, reason);
+}
+
+static irqreturn_t error_irq(int irq, void *data)
+{
+	struct extlb_dev *dev = data;
+
+	if (!extlb_is_dead(dev) &&
+	    readl(dev->regs + EXTLB_REG_STATUS) & EXTLB_STATUS_FATAL)
+		extlb_fatal(dev);
 	return IRQ_HANDLED;
 }
 
@@ -125,10 +128,9 @@ static irqreturn_t page_request_irq(int irq, void *data)
 	return IRQ_HANDLED;
 }
 
-/* One interrupt for all contexts: wake those whose count has moved. */
-static irqreturn_t completion_irq(int irq, void *data)
+/* Wakes those whose count of completions has moved. */
+void extlb_wake_completed(struct extlb_dev *dev)
 {
-	struct extlb_dev *dev = data;
 	struct extlb_ctx *ctx;
 	u32 i, seq;
 
@@ -137,12 +139,17 @@ static irqreturn_t completion_irq(int irq, void *data)
 		if (!ctx)
 			continue;
 		seq = READ_ONCE(ctx->shadow->event_seq);
-		if (seq != ctx->events_seen) {
-			ctx->events_seen = seq;
+		/* The interrupt's handler and the watchdog may both be here. */
+		if (xchg(&ctx->events_seen, seq) != seq)
 			wake_up_all(&ctx->wait);
-		}
 		extlb_ctx_put(ctx);
 	}
+}
+
+/* One interrupt for all contexts. */
+static irqreturn_t completion_irq(int irq, void *data)
+{
+	extlb_wake_completed(data);
 	return IRQ_HANDLED;
 }
 
@@ -329,6 +336,7 @@ static struct extlb_dev *alloc_dev(struct pci_dev *pdev)
 	mutex_init(&dev->oracle_lock);
 	INIT_LIST_HEAD(&dev->files);
 	INIT_WORK(&dev->dead_work, dead_work);
+	extlb_watchdog_init(dev);
 	dev->misc = (struct miscdevice) {
 		.minor = MISC_DYNAMIC_MINOR,
 		.name = dev->name,
@@ -427,6 +435,7 @@ static void extlb_remove(struct pci_dev *pdev)
 				    EXTLB_DOORBELL_STRIDE, true);
 	}
 	up_write(&dev->sem);
+	extlb_watchdog_stop(dev);
 
 	/* Waits until a fence on another CPU is done, too. */
 	spin_lock(&dev->fence_lock);

@@ -179,13 +179,12 @@ pub const TABLE: &[FaultKind] = &[
         needs: &[],
         takes: &["vector"],
         does: "An MSI-X message is not sent.",
-        noticed_by: "Who looks without being asked: the library does once a second. The \
-                       kernel's driver does not look at page requests by itself: with it the \
-                       operation waits until another request comes, as with lose-request.",
+        noticed_by: "Who looks without being asked: the library and the kernel's driver do once \
+                       a second. It costs time and nothing else.",
         tests: &[
             "device-model/tests/fault_requests.rs::a_lost_interrupt_is_noticed_only_by_who_looks_at_the_ring",
             "driver/tests/faults_unsafe.rs::lost_and_repeated_interrupts_cost_time_and_nothing_else",
-            "tests/tests/vm_faults.rs::lost_requests_responses_and_interrupts_are_noticed_by_the_program_only",
+            "tests/tests/vm_faults.rs::lost_interrupts_cost_time_and_nothing_else",
         ],
     },
     FaultKind {
@@ -214,7 +213,7 @@ pub const TABLE: &[FaultKind] = &[
             "device-model/tests/fault_requests.rs::a_lost_request_is_noticed_only_by_who_waits_for_the_operation",
             "device-model/tests/fault_requests.rs::a_ring_that_loses_requests_is_as_long_as_any_other",
             "driver/tests/faults_unsafe.rs::lost_requests_and_responses_are_noticed_by_the_programs_own_patience_only",
-            "tests/tests/vm_faults.rs::lost_requests_responses_and_interrupts_are_noticed_by_the_program_only",
+            "tests/tests/vm_faults.rs::lost_requests_and_responses_are_noticed_by_the_program_only",
         ],
     },
     FaultKind {
@@ -227,7 +226,7 @@ pub const TABLE: &[FaultKind] = &[
         tests: &[
             "device-model/tests/fault_requests.rs::a_lost_response_leaves_the_operation_waiting_for_another",
             "driver/tests/faults_unsafe.rs::lost_requests_and_responses_are_noticed_by_the_programs_own_patience_only",
-            "tests/tests/vm_faults.rs::lost_requests_responses_and_interrupts_are_noticed_by_the_program_only",
+            "tests/tests/vm_faults.rs::lost_requests_and_responses_are_noticed_by_the_program_only",
         ],
     },
     FaultKind {
@@ -310,14 +309,12 @@ pub const TABLE: &[FaultKind] = &[
         needs: &[],
         takes: &[],
         does: "The device resets itself, as by FLR, while a data access is under way.",
-        noticed_by: "The driver in user space, which looks at STATUS once a second and whenever \
-                       an acknowledgement takes long. The kernel's driver by its next \
-                       shootdown, which is not acknowledged; a program that waits until then is \
-                       told nothing.",
+        noticed_by: "The drivers, which look at STATUS once a second; the one in user space also \
+                       whenever an acknowledgement takes long. All programs that wait get an error.",
         tests: &[
             "device-model/tests/fault_data.rs::a_reset_in_the_middle_of_an_access_waits_for_it_and_leaves_silence",
             "driver/tests/faults_unsafe.rs::a_reset_in_the_middle_of_an_access_is_seen_when_the_driver_looks",
-            "tests/tests/vm_faults.rs::a_device_that_resets_itself_is_fenced_at_the_next_shootdown",
+            "tests/tests/vm_faults.rs::a_device_that_resets_itself_is_fenced_by_the_watchdog",
         ],
     },
     FaultKind {
