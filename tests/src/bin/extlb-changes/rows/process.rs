@@ -1,0 +1,102 @@
+//! Whole processes that end or become others.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use crate::area_unsafe::Area;
+use crate::proc_fs::{busybox, eventually};
+use crate::trial::{Access, Mode, Trial};
+
+const PAGES: usize = 256;
+const CONTEXTS: &str = "/sys/kernel/debug/extlb/extlb0/contexts";
+
+/// Contexts, as the driver counts them, and the pages that their devices have.
+fn contexts() -> Result<(usize, u64)> {
+    let text = fs::read_to_string(CONTEXTS).context(CONTEXTS)?;
+    let mapped = |line: &str| -> Option<u64> {
+        let rest = line.split_once("mapped ")?.1;
+        rest.split(',').next()?.parse().ok()
+    };
+    let mapped: Option<u64> = text.lines().map(mapped).sum();
+    Ok((text.lines().count(), mapped.context("contexts")?))
+}
+
+/// How a process ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    Exit,
+    Exec,
+    Kill,
+}
+
+/// What another process does: it lets the device have memory, waits to be told, and ends.
+pub fn live(how: &str) -> Result<()> {
+    let mut trial = Trial::new(Mode::Sound)?;
+    let area = Area::anonymous(PAGES)?;
+    trial.give(&area, Access::Write)?;
+    println!("ready");
+    std::io::stdin().read_line(&mut String::new())?;
+    match how {
+        // Not by way of destructors, which would give all back first.
+        "Exit" => std::process::exit(0),
+        "Exec" => bail!(Command::new("/bin/busybox").args(["sleep", "1000"]).exec()),
+        _ => bail!("told to end, and not killed"),
+    }
+}
+
+fn end(t: &mut Trial, how: End) -> Result<()> {
+    let (before, _) = contexts()?;
+    let mut child = Command::new(std::env::current_exe()?)
+        .args(["--live", &format!("{how:?}")])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("start another process")?;
+    let result = watch(t, how, &mut child, before);
+    let _ = child.kill();
+    child.wait()?;
+    result
+}
+
+fn watch(t: &mut Trial, how: End, child: &mut Child, before: usize) -> Result<()> {
+    let mut line = String::new();
+    let stdout = child.stdout.take().context("standard output")?;
+    BufReader::new(stdout).read_line(&mut line)?;
+    ensure!(line == "ready\n", "the other process says {line:?}");
+    let (now, mapped) = contexts()?;
+    ensure!(now == before + 1, "{now} contexts, {before} before");
+    ensure!(mapped > PAGES as u64, "only {mapped} pages are mapped");
+    t.change(0, || {
+        match how {
+            End::Kill => child.kill()?,
+            End::Exit | End::Exec => drop(child.stdin.take()),
+        }
+        eventually("the context is gone", || Ok(contexts()?.0 == before))?;
+        let (_, mapped) = contexts()?;
+        ensure!(mapped < PAGES as u64, "{mapped} pages are still mapped");
+        if how == End::Exec {
+            ensure!(
+                child.try_wait()?.is_none(),
+                "it did not become another program"
+            );
+        }
+        Ok(())
+    })
+}
+
+pub fn exit(t: &mut Trial) -> Result<()> {
+    end(t, End::Exit)
+}
+
+pub fn exec(t: &mut Trial) -> Result<()> {
+    busybox(&["true"])?;
+    end(t, End::Exec)
+}
+
+pub fn kill(t: &mut Trial) -> Result<()> {
+    end(t, End::Kill)
+}
