@@ -162,6 +162,47 @@ pub fn advise_other(pid: i32, addrs: Range<u64>, advice: i32) -> Result<(), Errn
     }
 }
 
+/// Kills a process, and stops it when it is about to give its memory up. It goes on, and ends, when
+/// this process does or by [`let_end`].
+pub fn stop_at_end(pid: i32) -> Result<()> {
+    let none = std::ptr::null_mut::<c_void>();
+    // SAFETY: follows a child of this process; nothing of this one is changed.
+    let seized = unsafe { libc::ptrace(libc::PTRACE_SEIZE, pid, none, libc::PTRACE_O_TRACEEXIT) };
+    Errno::result(seized).context("PTRACE_SEIZE")?;
+    nix::sys::signal::kill(Pid::from_raw(pid), Signal::SIGKILL).context("kill")?;
+    let mut status = 0;
+    // SAFETY: the status is written.
+    let waited = unsafe { libc::waitpid(pid, &mut status, libc::__WALL) };
+    Errno::result(waited).context("waitpid")?;
+    let stopped = libc::SIGTRAP | (libc::PTRACE_EVENT_EXIT << 8);
+    ensure!(
+        status >> 8 == stopped,
+        "the process does not stop: {status:#x}"
+    );
+    Ok(())
+}
+
+/// Lets a process go on that [`stop_at_end`] has stopped.
+pub fn let_end(pid: i32) -> Result<()> {
+    let none = std::ptr::null_mut::<c_void>();
+    // SAFETY: as above.
+    let gone = unsafe { libc::ptrace(libc::PTRACE_DETACH, pid, none, none) };
+    Errno::result(gone).context("PTRACE_DETACH")?;
+    Ok(())
+}
+
+/// Frees the private memory of a process that is ending, as the kernel does when it is out of memory.
+pub fn release_memory(pid: i32) -> Result<()> {
+    // SAFETY: opens a file, which is nobody else's, and names a process that is ending.
+    unsafe {
+        let fd = Errno::result(libc::syscall(libc::SYS_pidfd_open, pid, 0)).context("pidfd")?;
+        let fd = OwnedFd::from_raw_fd(fd as i32);
+        let done = libc::syscall(libc::SYS_process_mrelease, fd.as_raw_fd(), 0);
+        Errno::result(done).context("process_mrelease")?;
+    }
+    Ok(())
+}
+
 extern "C" fn nothing(_: libc::c_int) {}
 
 /// Lets `SIGBUS` pass: the kernel sends it when it takes a page for broken.

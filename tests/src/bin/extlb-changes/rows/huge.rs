@@ -1,10 +1,11 @@
 //! Huge pages that come and go under the device.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 use anyhow::{Result, bail, ensure};
 use nix::errno::Errno;
 use nix::libc;
+use nix::sys::prctl::set_thp_disable;
 
 use crate::area_unsafe::{Area, HUGE, PAGE, Shape};
 use crate::proc_fs::{Backed, drain_lists, eventually, frames, moved, smaps_kib, write};
@@ -145,13 +146,7 @@ fn collapsed(area: &Area, before: &[u64]) -> Result<()> {
 pub fn collapse(t: &mut Trial) -> Result<()> {
     let (area, before) = small_pages(t)?;
     t.change(HUGE, || {
-        eventually("the pages collapse", || {
-            match area.advise(0..HUGE, libc::MADV_COLLAPSE) {
-                Ok(()) => Ok(true),
-                Err(Errno::EAGAIN | Errno::EBUSY) => Ok(false),
-                Err(errno) => bail!("MADV_COLLAPSE: {errno}"),
-            }
-        })?;
+        collapse_now(&area)?;
         collapsed(&area, &before)
     })?;
     same_content(t, &area)
@@ -171,32 +166,68 @@ pub fn khugepaged(t: &mut Trial) -> Result<()> {
     same_content(t, &area)
 }
 
-/// Pages of a file in memory; the page table is taken away whole.
+/// A shared mapping of a file in memory, as long as a huge page.
+fn shared(file: &OwnedFd) -> Result<Area> {
+    let shape = Shape {
+        flags: libc::MAP_SHARED,
+        file: Some(file.as_fd()),
+        align: HUGE,
+        ..Shape::default()
+    };
+    Area::new(HUGE, shape)
+}
+
+fn collapse_now(area: &Area) -> Result<()> {
+    eventually("the pages collapse", || {
+        match area.advise(0..HUGE, libc::MADV_COLLAPSE) {
+            Ok(()) => Ok(true),
+            Err(Errno::EAGAIN | Errno::EBUSY) => Ok(false),
+            Err(errno) => bail!("MADV_COLLAPSE: {errno}"),
+        }
+    })
+}
+
+fn expect_shared(area: &Area, huge: u64) -> Result<()> {
+    let kib = smaps_kib(area, 0, "ShmemPmdMapped")?;
+    ensure!(kib == huge * 2048, "{kib} KiB mapped by huge pages");
+    Ok(())
+}
+
+/// Pages of a file in memory; the page table is taken away whole, from whoever maps the file.
 pub fn collapse_shared(t: &mut Trial) -> Result<()> {
     let file = memory_file(HUGE)?;
-    let area = Area::new(
-        HUGE,
-        Shape {
-            flags: libc::MAP_SHARED,
-            file: Some(file.as_fd()),
-            align: HUGE,
-            ..Shape::default()
-        },
-    )?;
+    let (area, other) = (shared(&file)?, shared(&file)?);
     t.give(&area, Access::Write)?;
+    t.give(&other, Access::Read)?;
     let before = frames(&area, 0..HUGE)?;
-    t.change(HUGE, || {
-        eventually("the pages collapse", || {
-            match area.advise(0..HUGE, libc::MADV_COLLAPSE) {
-                Ok(()) => Ok(true),
-                Err(Errno::EAGAIN | Errno::EBUSY) => Ok(false),
-                Err(errno) => bail!("MADV_COLLAPSE: {errno}"),
-            }
-        })?;
-        let kib = smaps_kib(&area, 0, "ShmemPmdMapped")?;
-        ensure!(kib == 2048, "{kib} KiB mapped by huge pages");
+    t.change(2 * HUGE, || {
+        collapse_now(&area)?;
+        expect_shared(&area, 1)?;
         let moved = moved(&area, 0..HUGE, &before)?;
         ensure!(moved == HUGE, "{moved} pages are others");
+        nothing(&other, 0..HUGE)
+    })?;
+    same_content(t, &area)?;
+    t.reads(&other, 2, word(&area, 2))
+}
+
+/// A huge page that is mapped by small ptes gets a large one.
+pub fn collapse_mapped(t: &mut Trial) -> Result<()> {
+    let file = memory_file(HUGE)?;
+    let whole = shared(&file)?;
+    whole.store_all(0..HUGE, 1);
+    collapse_now(&whole)?;
+    let area = shared(&file)?;
+    set_thp_disable(true)?;
+    let given = t.give(&area, Access::Write);
+    set_thp_disable(false)?;
+    given?;
+    expect_shared(&area, 0)?;
+    let before = frames(&area, 0..HUGE)?;
+    t.change(HUGE, || {
+        collapse_now(&area)?;
+        expect_shared(&area, 1)?;
+        ensure!(moved(&area, 0..HUGE, &before)? == 0, "the pages are others");
         Ok(())
     })?;
     same_content(t, &area)

@@ -1,5 +1,6 @@
 //! The rows. Each file has those of one kind.
 
+mod aging;
 mod copies;
 mod files;
 mod huge;
@@ -126,10 +127,12 @@ pub const ROWS: &[Row] = &[
     row("pageout-disk", files::pageout),
     row("pageout-by-other", reclaim::by_other_process),
     row("reclaim-batched", reclaim::by_cgroup),
-    counted("cold", reclaim::cold, ONLY_OLDER),
-    counted("cold-huge", reclaim::cold_huge, ONLY_OLDER),
-    harmless("clear-refs", reclaim::clear_references, ONLY_OLDER),
-    harmless("page-idle", reclaim::idle, ONLY_OLDER),
+    counted("cold", aging::cold, ONLY_OLDER),
+    counted("cold-huge", aging::cold_huge, ONLY_OLDER),
+    harmless("clear-refs", aging::clear_references, ONLY_OLDER),
+    harmless("page-idle", aging::idle, ONLY_OLDER),
+    harmless("lru-gen", aging::generations, ONLY_OLDER),
+    harmless("damon", aging::damon, ONLY_OLDER),
     row("migrate", migrate::node),
     row("migrate-huge", migrate::node_huge),
     row("compaction", migrate::compaction),
@@ -139,12 +142,22 @@ pub const ROWS: &[Row] = &[
     row("collapse", huge::collapse),
     row("khugepaged", huge::khugepaged),
     row("collapse-shared", huge::collapse_shared),
+    counted(
+        "collapse-mapped",
+        huge::collapse_mapped,
+        "the same pages stay at the same addresses",
+    ),
     row("collapse-disk", files::collapse),
     row("unmap-huge-part", huge::unmap_part),
     counted(
         "split",
         huge::split,
         "the same pages come back at the same addresses",
+    ),
+    apart(
+        "reap",
+        process::reap,
+        "the pages of another process are counted, with and without",
     ),
     apart("exit", process::exit, RELEASED),
     apart("exec", process::exec, RELEASED),

@@ -8,7 +8,8 @@ use std::process::{Child, Command, Stdio};
 use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::area_unsafe::Area;
-use crate::proc_fs::{busybox, eventually};
+use crate::proc_fs::eventually;
+use crate::sys_unsafe::{let_end, release_memory, stop_at_end};
 use crate::trial::{Access, Mode, Trial};
 
 const PAGES: usize = 256;
@@ -48,7 +49,8 @@ pub fn live(how: &str) -> Result<()> {
     }
 }
 
-fn end(t: &mut Trial, how: End) -> Result<()> {
+/// Starts another process, and lets `watch` see it end; `watch` gets the number of contexts before.
+fn beside(how: End, watch: impl FnOnce(&mut Child, usize) -> Result<()>) -> Result<()> {
     let (before, _) = contexts()?;
     let mut child = Command::new(std::env::current_exe()?)
         .args(["--live", &format!("{how:?}")])
@@ -56,13 +58,13 @@ fn end(t: &mut Trial, how: End) -> Result<()> {
         .stdout(Stdio::piped())
         .spawn()
         .context("start another process")?;
-    let result = watch(t, how, &mut child, before);
+    let result = is_ready(&mut child, before).and_then(|()| watch(&mut child, before));
     let _ = child.kill();
     child.wait()?;
     result
 }
 
-fn watch(t: &mut Trial, how: End, child: &mut Child, before: usize) -> Result<()> {
+fn is_ready(child: &mut Child, before: usize) -> Result<()> {
     let mut line = String::new();
     let stdout = child.stdout.take().context("standard output")?;
     BufReader::new(stdout).read_line(&mut line)?;
@@ -70,20 +72,45 @@ fn watch(t: &mut Trial, how: End, child: &mut Child, before: usize) -> Result<()
     let (now, mapped) = contexts()?;
     ensure!(now == before + 1, "{now} contexts, {before} before");
     ensure!(mapped > PAGES as u64, "only {mapped} pages are mapped");
-    t.change(0, || {
-        match how {
-            End::Kill => child.kill()?,
-            End::Exit | End::Exec => drop(child.stdin.take()),
-        }
-        eventually("the context is gone", || Ok(contexts()?.0 == before))?;
-        let (_, mapped) = contexts()?;
-        ensure!(mapped < PAGES as u64, "{mapped} pages are still mapped");
-        if how == End::Exec {
-            ensure!(
-                child.try_wait()?.is_none(),
-                "it did not become another program"
-            );
-        }
+    Ok(())
+}
+
+fn end(t: &mut Trial, how: End) -> Result<()> {
+    beside(how, |child, before| {
+        t.change(0, || {
+            match how {
+                End::Kill => child.kill()?,
+                End::Exit | End::Exec => drop(child.stdin.take()),
+            }
+            eventually("the context is gone", || Ok(contexts()?.0 == before))?;
+            let (_, mapped) = contexts()?;
+            ensure!(mapped < PAGES as u64, "{mapped} pages are still mapped");
+            if how == End::Exec {
+                ensure!(
+                    child.try_wait()?.is_none(),
+                    "it did not become another program"
+                );
+            }
+            Ok(())
+        })
+    })
+}
+
+/// What the kernel does to a process that was killed for lack of memory, before it ends by itself.
+pub fn reap(t: &mut Trial) -> Result<()> {
+    let heard = !t.is_broken();
+    beside(End::Kill, |child, before| {
+        let pid = child.id() as i32;
+        stop_at_end(pid)?;
+        let taken = t.change(0, || {
+            release_memory(pid)?;
+            let (now, mapped) = contexts()?;
+            ensure!(now == before + 1, "the context is gone already");
+            Ok(mapped < PAGES as u64)
+        });
+        let_end(pid)?;
+        let taken = taken?;
+        ensure!(taken == heard, "pages taken: {taken}, not {heard}");
         Ok(())
     })
 }
@@ -93,7 +120,6 @@ pub fn exit(t: &mut Trial) -> Result<()> {
 }
 
 pub fn exec(t: &mut Trial) -> Result<()> {
-    busybox(&["true"])?;
     end(t, End::Exec)
 }
 

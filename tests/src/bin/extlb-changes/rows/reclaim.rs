@@ -1,4 +1,4 @@
-//! Pages that go to swap or back to their file, and pages that only look older.
+//! Pages that go to swap, or back to their file.
 
 use std::ops::Range;
 use std::os::fd::AsFd;
@@ -8,10 +8,8 @@ use anyhow::{Context as _, Result, ensure};
 use nix::errno::Errno;
 use nix::libc;
 
-use crate::area_unsafe::{Area, HUGE, PAGE};
-use crate::proc_fs::{
-    Backed, CGROUP, backing, busybox, drain_lists, eventually, frames, needs, smaps_kib, write,
-};
+use crate::area_unsafe::{Area, HUGE};
+use crate::proc_fs::{Backed, CGROUP, backing, busybox, eventually};
 use crate::rows::huge;
 use crate::sys_unsafe::memory_file;
 use crate::trial::{Access, Trial, pattern};
@@ -41,7 +39,7 @@ fn is_swap(_: usize, backed: Backed) -> bool {
 }
 
 /// What the device wrote is there again.
-fn comes_back(t: &Trial, area: &Area) -> Result<()> {
+pub fn comes_back(t: &Trial, area: &Area) -> Result<()> {
     if t.is_broken() {
         return Ok(());
     }
@@ -133,69 +131,4 @@ pub fn as_other_process(numbers: &[u64]) -> Result<()> {
         Ok(()) | Err(Errno::EAGAIN) => Ok(()),
         Err(errno) => Err(errno).context("process_madvise"),
     }
-}
-
-/// Expects so many pages of the area to be young.
-fn young(area: &Area, pages: usize) -> Result<()> {
-    let kib = smaps_kib(area, 0, "Referenced")?;
-    ensure!(kib as usize == pages * PAGE / 1024, "{kib} KiB are young");
-    Ok(())
-}
-
-/// Makes an area look as if nobody had used it.
-fn make_cold(t: &mut Trial, area: &Area) -> Result<()> {
-    let pages = area.pages();
-    t.give(area, Access::Write)?;
-    drain_lists()?;
-    young(area, pages)?;
-    t.change(pages, || {
-        area.advise(0..pages, libc::MADV_COLD)?;
-        young(area, 0)
-    })?;
-    comes_back(t, area)
-}
-
-pub fn cold(t: &mut Trial) -> Result<()> {
-    make_cold(t, &Area::anonymous(PAGES)?)
-}
-
-pub fn cold_huge(t: &mut Trial) -> Result<()> {
-    make_cold(t, &huge::backed_by_huge_page()?)
-}
-
-/// The accessed bits of the whole process are cleared; nobody loses access.
-pub fn clear_references(t: &mut Trial) -> Result<()> {
-    let area = Area::anonymous(PAGES)?;
-    t.give(&area, Access::Write)?;
-    young(&area, PAGES)?;
-    t.change(0, || {
-        write("/proc/self/clear_refs", "1")?;
-        young(&area, 0)
-    })?;
-    comes_back(t, &area)
-}
-
-/// Pages are marked idle, which looks at the accessed bits and clears them.
-pub fn idle(t: &mut Trial) -> Result<()> {
-    const BITMAP: &str = "/sys/kernel/mm/page_idle/bitmap";
-    needs(BITMAP, "page idle tracking")?;
-    let area = Area::anonymous(PAGES)?;
-    t.give(&area, Access::Write)?;
-    let frame = frames(&area, 0..1)?[0];
-    t.change(0, || {
-        use std::os::unix::fs::FileExt;
-        let file = std::fs::OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(BITMAP)?;
-        let (word, bit) = (frame / 64, 1u64 << (frame % 64));
-        // A page that is on its way to the lists is left alone: again, until it is marked.
-        eventually("the page is idle", || {
-            file.write_all_at(&bit.to_le_bytes(), word * 8)?;
-            let mut now = [0; 8];
-            file.read_exact_at(&mut now, word * 8)?;
-            Ok(u64::from_le_bytes(now) & bit != 0)
-        })
-    })?;
-    comes_back(t, &area)
 }
