@@ -382,6 +382,10 @@ fn a_fence_waits_for_an_acknowledgement_that_is_being_written() {
                 assert!(!fenced.is_finished());
                 std::thread::yield_now();
             }
+            assert!(
+                !slow_stop(&guest),
+                "no time has passed by the device's clock"
+            );
             held.release();
             fenced.join().unwrap()
         });

@@ -215,7 +215,9 @@ fn broken_page_tables_are_bus_errors_at_the_address() {
     second.submit(Descriptor::default());
     second.ring(&guest);
     guest.run();
-    assert_eq!(guest.expect_error().code, ContextError::RingFault as u32);
+    let error = guest.expect_error();
+    assert_eq!(error.code, ContextError::RingFault as u32);
+    assert_eq!((error.context, error.iova), (2, second.ring.0));
     let third = guest.process(3);
     third.write_entry(&guest, |e| e.page_table = 1 << 40);
     guest.sync(3);

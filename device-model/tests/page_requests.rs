@@ -247,6 +247,31 @@ fn fill_ring(guest: &Guest) -> Vec<Process> {
     processes
 }
 
+/// Between the kernel's store to the head and its look at `prq_need_kick` another context may take
+/// the room: the kernel must be asked for a kick all the same.
+#[test]
+fn who_waits_for_room_is_told_of_it_even_if_another_takes_the_room() {
+    let guest = Guest::new();
+    let (one, two) = (guest.process(1), guest.process(2));
+    fill_ring(&guest);
+    one.submit(read(SRC));
+    one.ring(&guest);
+    guest.run();
+    let head = offset_of!(KernelShadow, prq_head);
+    guest.set_kernel_word(head, guest.kernel_word(head) + 1);
+    guest.prq_head.fetch_add(1, Ordering::SeqCst);
+    two.submit(read(SRC));
+    two.ring(&guest);
+    guest.run();
+    let mut seen = Vec::new();
+    while let Some(request) = guest.take_request() {
+        seen.push(request.context);
+        guest.run();
+    }
+    assert_eq!(seen.len(), (1 << PRQ_LOG2) + 1);
+    assert!(seen.contains(&1) && seen.contains(&2), "{seen:?}");
+}
+
 #[test]
 fn a_request_that_waits_for_room_dies_with_its_context() {
     let guest = Guest::new();

@@ -348,3 +348,40 @@ impl Device {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::AtomicU32;
+
+    use extlb_spec::{BAR_REGS, regs};
+
+    use super::*;
+    use crate::ports::{Ignore, Ports, Wake};
+    use crate::{Config, GuestRam};
+
+    #[derive(Default)]
+    struct Woken(AtomicU32);
+
+    impl Wake for Woken {
+        fn work(&self) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+
+        fn invalidation(&self) {}
+    }
+
+    #[test]
+    fn a_kick_wakes_who_runs_the_contexts_if_any_waits_for_room() {
+        let woken = Arc::new(Woken::default());
+        let ram = Arc::new(GuestRam::default());
+        let mut ports = Ports::stepped(ram, Arc::new(Ignore));
+        ports.wake = woken.clone();
+        let device = Device::new(Config::default(), ports).expect("made");
+        for (waiters, wakes) in [(&[][..], 0), (&[1][..], 1), (&[2, 3][..], 2)] {
+            lock(&device.requests).waiters.extend(waiters);
+            device.mmio_write(BAR_REGS, regs::KICK.offset, &1u32.to_le_bytes());
+            assert_eq!(woken.0.load(Ordering::Relaxed), wakes, "{waiters:?}");
+        }
+    }
+}

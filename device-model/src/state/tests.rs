@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use extlb_spec::invalidation::{Command, CommandKind, KernelShadow, wait};
-use extlb_spec::{BAR_REGS, Gpa, regs};
+use extlb_spec::{BAR_REGS, Gpa, MAX_CONTEXTS, regs};
 
 use crate::ports::{Dma as _, Ignore, Ports};
 use crate::{Config, Device, GuestRam, Step};
@@ -106,5 +106,27 @@ fn a_wait_that_no_command_makes_is_refused() {
         let json = serde_json::value::to_raw_value(&state).expect("written");
         let device = restored(&ram, &super::DeviceState(json));
         assert_eq!(device.is_ok(), good, "{waiting}");
+    }
+}
+
+#[test]
+fn a_page_request_ring_that_no_device_had_is_refused() {
+    let (ram, device) = device();
+    let state: serde_json::Value =
+        serde_json::from_str(device.save().expect("saved").0.get()).expect("JSON");
+    for (field, value, good) in [
+        ("waiters", serde_json::json!([5, 0, MAX_CONTEXTS - 1]), true),
+        ("waiters", serde_json::json!([5, 5]), false),
+        ("waiters", serde_json::json!([MAX_CONTEXTS]), false),
+        ("waiters", serde_json::json!([u32::MAX]), false),
+        ("base", serde_json::json!(0x2000), false),
+        ("entries", serde_json::json!(32), false),
+    ] {
+        let mut state = state.clone();
+        assert!(state["requests"].get(field).is_some(), "{field}");
+        state["requests"][field] = value.clone();
+        let json = serde_json::value::to_raw_value(&state).expect("written");
+        let device = restored(&ram, &super::DeviceState(json));
+        assert_eq!(device.is_ok(), good, "{field}: {value}");
     }
 }

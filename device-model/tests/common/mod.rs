@@ -48,7 +48,7 @@ pub struct Guest {
     /// Where the invalidation queue is, and log2 of its length.
     pub iq: (Gpa, u32),
     iq_tail: AtomicU64,
-    prq_head: AtomicU64,
+    pub prq_head: AtomicU64,
     acks: AtomicU64,
 }
 
