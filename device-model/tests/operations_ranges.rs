@@ -467,6 +467,33 @@ fn where_ram_ends_in_a_leaf_is_found_to_the_page() {
 }
 
 #[test]
+fn where_ram_ends_is_found_to_the_page_in_the_midst_of_a_leaf() {
+    let end = RAM as u64 - LEAF + 300 * PAGE;
+    let guest = Guest::over(&[(Gpa(0), end as usize)], |ports| {
+        Arc::new(Device::new(config(), ports).unwrap())
+    });
+    guest.device.set_bus_master(true);
+    guest.enable();
+    let process = guest.process(1);
+    process.write_entry(&guest, |e| e.flags &= !extlb_spec::context::flags::ORACLE);
+    guest.sync(1);
+    large(&guest, &process, A, Gpa(16 << 20));
+    large(&guest, &process, B, Gpa(RAM as u64 - LEAF));
+    for (opcode, src, dst) in [
+        (Opcode::Copy, A, B),
+        (Opcode::Copy, B, A),
+        (Opcode::Crc32c, B, 0),
+        (Opcode::Fill, 0, B),
+        (Opcode::Compare, B, B),
+    ] {
+        let done = process.go(&guest, op(opcode, src, dst, LEAF));
+        let found = (status(&done), done.bytes, done.fault_addr);
+        let there = 300 * PAGE;
+        assert_eq!(found, (Status::BusError, there, B + there), "{opcode:?}");
+    }
+}
+
+#[test]
 fn a_leaf_over_two_pieces_of_ram_is_moved_all_the_same() {
     let first = (24 << 20) + 5 * PAGE;
     let rest = RAM as u64 - first;
