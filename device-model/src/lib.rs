@@ -62,6 +62,8 @@ mod tlb;
 #[cfg(test)]
 mod tlb_tests; // apart, as tests/loom.rs includes tlb/
 mod walk;
+#[cfg(test)]
+mod walk_tests;
 mod words;
 #[cfg(test)]
 mod wrap_tests;
