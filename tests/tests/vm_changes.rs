@@ -27,12 +27,17 @@ fn expected(rows: &[(String, String)]) -> Vec<String> {
         .collect()
 }
 
+/// The only row that may be skipped: nobody can make compaction take a certain page.
+const MAY_BE_SKIPPED: &str = "compaction";
+
 /// What a report says of each row, without the remarks; a skipped one stays recognizable.
 fn said(report: &str) -> Vec<String> {
     let lines = report.lines().filter(|line| line.contains("ok "));
     lines
         .map(|line| match line.split_once(" # ") {
-            Some((row, remark)) if remark.starts_with("SKIP") => format!("{row} # {remark}"),
+            Some((row, remark)) if remark.starts_with("SKIP") && !row.ends_with(MAY_BE_SKIPPED) => {
+                format!("{row} # {remark}")
+            }
             Some((row, _)) => row.to_owned(),
             None => line.to_owned(),
         })
