@@ -139,6 +139,44 @@ enum extlb_ctx_state {
 	EXTLB_CTX_CLOSED,
 };
 
+struct extlb_ctx;
+struct extlb_range;
+
+/*
+ * A way to follow a process: what a context does so that the device loses pages
+ * before the kernel reuses them, and how it gets them.
+ */
+struct extlb_follow_ops {
+	const char *name;		/* of the module's parameter, and in debugfs */
+	u32 flag;			/* of CREATE */
+	/*
+	 * Pages stay with the device whatever becomes of the process's ptes:
+	 * there is nothing to fill, and nothing for the oracle to compare.
+	 */
+	bool pins;
+
+	/*
+	 * Takes up a registration under mmap_lock for writing, so that nothing
+	 * is unmapped before page requests find it; optional. Then @populate
+	 * without mmap_lock; optional, and undoes what it did if it fails.
+	 */
+	int (*register_range)(struct extlb_range *range);
+	int (*populate)(struct extlb_range *range);
+	/*
+	 * The leaves are gone, and none is installed any more. When it returns,
+	 * no callback and no fill is under way.
+	 */
+	void (*unregister_range)(struct extlb_range *range);
+	/*
+	 * Maps the page at @start for the device, and as many up to @end as come
+	 * without waiting. The caller holds mm_users of the context's mm, and no
+	 * lock. Return: 0, or the reason why @start is not mapped; -EAGAIN,
+	 * -EINTR or -ESTALE: try again. Not for those that pin.
+	 */
+	int (*fill)(struct extlb_range *range, unsigned long start,
+		    unsigned long end, bool write);
+};
+
 /* An open file, and its context once there is one. */
 struct extlb_ctx {
 	struct kref ref;
@@ -149,7 +187,7 @@ struct extlb_ctx {
 	struct mutex lock;		/* of state changes and registrations */
 	enum extlb_ctx_state state;	/* set to LIVE with release semantics */
 	u32 index;			/* in the context table */
-	bool pinned;			/* follow by pinning, not by notifiers */
+	const struct extlb_follow_ops *follow;
 	struct mm_struct *mm;		/* mm_count is held, mm_users is not */
 	struct extlb_context_shadow *shadow;
 
@@ -228,8 +266,6 @@ void extlb_ctx_close(struct extlb_ctx *ctx);
 struct extlb_ctx *extlb_ctx_get(struct extlb_dev *dev, u32 index);
 void extlb_ctx_put(struct extlb_ctx *ctx);
 void extlb_ctx_error(struct extlb_ctx *ctx, u32 code);
-u32 extlb_default_follow(void);
-u32 extlb_create_flags(void);
 
 /* extlb_range.c */
 int extlb_range_register(struct extlb_ctx *ctx, struct extlb_register *arg);
@@ -256,15 +292,14 @@ void extlb_pt_shoot_down(struct extlb_ctx *ctx, unsigned long start,
 void extlb_pt_prune(struct extlb_ctx *ctx, unsigned long start,
 		    unsigned long end);
 
-/* extlb_follow_pte.c */
-int extlb_follow_register(struct extlb_range *range);
-void extlb_follow_unregister(struct extlb_range *range);
-int extlb_follow_fill(struct extlb_range *range, unsigned long start,
-		      unsigned long end, bool write);
+/* extlb_follow.c */
+u32 extlb_follow_flags(void);
+const struct extlb_follow_ops *extlb_follow_by_flag(u32 flag);
+const struct extlb_follow_ops *extlb_follow_default(void);
 
-/* extlb_pin.c */
-int extlb_pin_register(struct extlb_range *range);
-void extlb_pin_unregister(struct extlb_range *range);
+/* The ways to follow a process, each in a file of its own. */
+extern const struct extlb_follow_ops extlb_follow_pte;
+extern const struct extlb_follow_ops extlb_follow_pinned;
 
 /* extlb_iq.c */
 u64 extlb_iq_post(struct extlb_dev *dev, const struct extlb_command *command,

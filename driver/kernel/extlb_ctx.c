@@ -16,7 +16,6 @@
 #include <linux/moduleparam.h>
 #include <linux/sched/mm.h>
 #include <linux/slab.h>
-#include <linux/string.h>
 
 #include "extlb.h"
 
@@ -24,28 +23,6 @@ static bool oracle = true;
 module_param(oracle, bool, 0444);
 MODULE_PARM_DESC(oracle,
 		 "Tell the device the process's page table, so that it can check its translations (default on)");
-
-static char *follow = IS_ENABLED(CONFIG_PTE_NOTIFIERS) ? "pte" : "pinned";
-module_param(follow, charp, 0444);
-MODULE_PARM_DESC(follow,
-		 "How the device follows the process unless the program says: pte (default; needs CONFIG_PTE_NOTIFIERS) or pinned");
-
-/* Flags that CREATE takes. */
-u32 extlb_create_flags(void)
-{
-	return EXTLB_CREATE_FOLLOW_PINNED |
-	       (IS_ENABLED(CONFIG_PTE_NOTIFIERS) ? EXTLB_CREATE_FOLLOW_PTE : 0);
-}
-
-/* The create flag that the module parameter stands for; 0 if for none. */
-u32 extlb_default_follow(void)
-{
-	if (!strcmp(follow, "pinned"))
-		return EXTLB_CREATE_FOLLOW_PINNED;
-	if (!strcmp(follow, "pte"))
-		return EXTLB_CREATE_FOLLOW_PTE & extlb_create_flags();
-	return 0;
-}
 
 /* Of an open file; there is no context yet. */
 struct extlb_ctx *extlb_ctx_new(struct extlb_dev *dev)
@@ -150,7 +127,7 @@ static void write_entry(struct extlb_ctx *ctx, const struct extlb_create *arg)
 	 * the tables below go after the context was stopped.
 	 */
 	if (IS_ENABLED(CONFIG_X86_64) && !pgtable_l5_enabled() && oracle &&
-	    !ctx->pinned && (ctx->dev->cap & EXTLB_CAP_ORACLE)) {
+	    !ctx->follow->pins && (ctx->dev->cap & EXTLB_CAP_ORACLE)) {
 		flags |= EXTLB_CONTEXT_ORACLE;
 		entry->cpu_page_table = virt_to_phys(ctx->mm->pgd);
 	}
@@ -172,7 +149,7 @@ static int check_create(const struct extlb_create *arg)
 		return -EINVAL;
 	if (hweight32(arg->flags) > 1)
 		return -EINVAL;
-	if (arg->flags & ~extlb_create_flags())
+	if (arg->flags & ~extlb_follow_flags())
 		return -EOPNOTSUPP;
 	if (arg->ring_log2 < EXTLB_WORK_RING_LOG2_MIN ||
 	    arg->ring_log2 > EXTLB_WORK_RING_LOG2_MAX)
@@ -206,8 +183,8 @@ int extlb_ctx_create(struct extlb_ctx *ctx, struct extlb_create *arg)
 	if (ret)
 		goto free_shadow;
 
-	ctx->pinned = (arg->flags ?: extlb_default_follow()) &
-		      EXTLB_CREATE_FOLLOW_PINNED;
+	ctx->follow = arg->flags ? extlb_follow_by_flag(arg->flags) :
+				   extlb_follow_default();
 	mmgrab(current->mm);
 	ctx->mm = current->mm;
 	/* The device has not looked yet: the first doorbell must be rung. */

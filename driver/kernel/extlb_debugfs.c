@@ -168,7 +168,7 @@ static int contexts_show(struct seq_file *m, void *v)
 		if (!ctx)
 			continue;
 		seq_printf(m, "%u: %s%s, error %u, mapped %lld, pinned %lld, filled %lld, page requests %lld, refused %lld, shootdowns %lld of %lld pages\n",
-			   i, ctx->pinned ? "pinned" : "pte",
+			   i, ctx->follow->name,
 			   READ_ONCE(ctx->closing) ? ", stopped" : "",
 			   READ_ONCE(ctx->error),
 			   atomic64_read(&ctx->mapped_pages),
@@ -203,7 +203,7 @@ static void take_all_pages_back(struct extlb_dev *dev)
 		if (!ctx)
 			continue;
 		mutex_lock(&ctx->lock);
-		if (ctx->state == EXTLB_CTX_LIVE && !ctx->pinned)
+		if (ctx->state == EXTLB_CTX_LIVE && !ctx->follow->pins)
 			extlb_pt_shoot_down(ctx, 0, EXTLB_IOVA_END, true);
 		mutex_unlock(&ctx->lock);
 		extlb_ctx_put(ctx);

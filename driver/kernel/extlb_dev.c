@@ -60,7 +60,7 @@ static int get_info(struct extlb_ctx *ctx, struct extlb_info *arg)
 		return -EINVAL;
 	*arg = (struct extlb_info) {
 		.version = EXTLB_UAPI_VERSION,
-		.create_flags = extlb_create_flags(),
+		.create_flags = extlb_follow_flags(),
 		.contexts = ctx->dev->contexts,
 		.oracle = !!(ctx->dev->cap & EXTLB_CAP_ORACLE),
 		.max_ring_log2 = EXTLB_WORK_RING_LOG2_MAX,

@@ -479,12 +479,8 @@ static int __init extlb_init(void)
 {
 	int ret;
 
-	if (!extlb_default_follow()) {
-		pr_err(KBUILD_MODNAME ": follow= must be %spinned\n",
-		       extlb_create_flags() & EXTLB_CREATE_FOLLOW_PTE ?
-		       "pte or " : "");
+	if (!extlb_follow_default())
 		return -EINVAL;
-	}
 	extlb_debugfs_init();
 	ret = pci_register_driver(&extlb_driver);
 	if (ret)

@@ -85,7 +85,7 @@ static const struct pte_notifier_ops extlb_notifier_ops = {
 };
 
 /* mmap_lock is held. */
-int extlb_follow_register(struct extlb_range *range)
+static int extlb_pte_register(struct extlb_range *range)
 {
 	range->pn.ops = &extlb_notifier_ops;
 	return pte_notifier_register_range(&range->pn, range->ctx->mm,
@@ -93,7 +93,7 @@ int extlb_follow_register(struct extlb_range *range)
 }
 
 /* The leaves are gone, and install() refuses. Waits for callbacks and fills. */
-void extlb_follow_unregister(struct extlb_range *range)
+static void extlb_pte_unregister(struct extlb_range *range)
 {
 	pte_notifier_unregister(&range->pn);
 }
@@ -141,19 +141,8 @@ retry:
 	return 0;
 }
 
-/**
- * extlb_follow_fill() - fault pages in and map them for the device
- * @range: the registration
- * @start: the page that is waited for
- * @end: end of what is wanted besides
- * @write: the device wants to write
- *
- * The caller holds mm_users of the context's mm, and no lock.
- *
- * Return: 0, or the reason why @start is not mapped; -ESTALE: try again.
- */
-int extlb_follow_fill(struct extlb_range *range, unsigned long start,
-		      unsigned long end, bool write)
+static int extlb_pte_fill(struct extlb_range *range, unsigned long start,
+			  unsigned long end, bool write)
 {
 	long ret = extlb_pt_prepare(range->ctx, start, end);
 
@@ -163,21 +152,12 @@ int extlb_follow_fill(struct extlb_range *range, unsigned long start,
 	return ret < 0 ? ret : 0;
 }
 
-#else /* !CONFIG_PTE_NOTIFIERS: contexts of this kind cannot be made. */
+const struct extlb_follow_ops extlb_follow_pte = {
+	.name = "pte",
+	.flag = EXTLB_CREATE_FOLLOW_PTE,
+	.register_range = extlb_pte_register,
+	.unregister_range = extlb_pte_unregister,
+	.fill = extlb_pte_fill,
+};
 
-int extlb_follow_register(struct extlb_range *range)
-{
-	return -EOPNOTSUPP;
-}
-
-void extlb_follow_unregister(struct extlb_range *range)
-{
-}
-
-int extlb_follow_fill(struct extlb_range *range, unsigned long start,
-		      unsigned long end, bool write)
-{
-	return -ENXIO;
-}
-
-#endif
+#endif /* CONFIG_PTE_NOTIFIERS */

@@ -128,7 +128,7 @@ static void map_pages(struct extlb_range *range)
 }
 
 /* Under ctx->lock, by the context's own process, without mmap_lock. */
-int extlb_pin_register(struct extlb_range *range)
+static int extlb_pin_populate(struct extlb_range *range)
 {
 	unsigned long npages = PHYS_PFN(range->end - range->start);
 	struct extlb_ctx *ctx = range->ctx;
@@ -158,7 +158,7 @@ int extlb_pin_register(struct extlb_range *range)
 }
 
 /* The device has let go of the pages. */
-void extlb_pin_unregister(struct extlb_range *range)
+static void extlb_pin_unregister(struct extlb_range *range)
 {
 	unsigned long npages = range->npages;
 
@@ -166,3 +166,11 @@ void extlb_pin_unregister(struct extlb_range *range)
 	atomic64_sub(npages, &range->ctx->mm->pinned_vm);
 	atomic64_sub(npages, &range->ctx->pinned_pages);
 }
+
+const struct extlb_follow_ops extlb_follow_pinned = {
+	.name = "pinned",
+	.flag = EXTLB_CREATE_FOLLOW_PINNED,
+	.pins = true,
+	.populate = extlb_pin_populate,
+	.unregister_range = extlb_pin_unregister,
+};

@@ -56,7 +56,7 @@ static int map_request(struct extlb_ctx *ctx,
 		if (!range)
 			return -ENXIO;
 		end = min(limit, start + request->pages * PAGE_SIZE);
-		ret = extlb_follow_fill(range, start, end,
+		ret = ctx->follow->fill(range, start, end,
 					request->flags & EXTLB_REQUEST_WRITE);
 		extlb_range_put(range);
 
@@ -87,7 +87,7 @@ static void serve(struct extlb_ctx *ctx, const struct extlb_page_request *reques
 
 	if (is_closing(ctx))
 		return;
-	if (!ctx->pinned && mmget_not_zero(ctx->mm)) {
+	if (!ctx->follow->pins && mmget_not_zero(ctx->mm)) {
 		/* Page tables are charged to the process, as its own are. */
 		memcg = get_mem_cgroup_from_mm(ctx->mm);
 		old = set_active_memcg(memcg);

@@ -97,25 +97,26 @@ static bool overlaps(struct extlb_ctx *ctx, unsigned long start,
 }
 
 /*
- * With the memory manager, for pte notifiers, and then into the tree, where page
+ * With the memory manager, for notifiers, and then into the tree, where page
  * requests find it; under mmap_lock both, so that nothing is unmapped between.
  */
 static int register_locked(struct extlb_range *range)
 {
-	struct extlb_ctx *ctx = range->ctx;
+	const struct extlb_follow_ops *follow = range->ctx->follow;
+	struct maple_tree *live = &range->ctx->live;
 	int ret;
 
-	if (overlaps(ctx, range->start, range->end))
+	if (overlaps(range->ctx, range->start, range->end))
 		return -EEXIST;
-	if (!ctx->pinned) {
-		ret = extlb_follow_register(range);
+	if (follow->register_range) {
+		ret = follow->register_range(range);
 		if (ret)
 			return ret;
 	}
-	ret = mtree_insert_range(&ctx->live, range->start, range->end - 1,
-				 range, GFP_KERNEL_ACCOUNT);
-	if (ret && !ctx->pinned)
-		extlb_follow_unregister(range);
+	ret = mtree_insert_range(live, range->start, range->end - 1, range,
+				 GFP_KERNEL_ACCOUNT);
+	if (ret && follow->register_range)
+		follow->unregister_range(range);
 	return ret;
 }
 
@@ -151,8 +152,8 @@ int extlb_range_register(struct extlb_ctx *ctx, struct extlb_register *arg)
 	if (ret)
 		goto erase;
 
-	if (ctx->pinned)
-		ret = extlb_pin_register(range);
+	if (ctx->follow->populate)
+		ret = ctx->follow->populate(range);
 	if (ret) {
 		extlb_range_forget(range, range->start, range->end);
 		goto erase;
@@ -182,10 +183,7 @@ static void unregister(struct extlb_range *range)
 	extlb_range_forget(range, range->start, range->end);
 	extlb_pt_shoot_down(ctx, range->start, range->end, true);
 
-	if (ctx->pinned)
-		extlb_pin_unregister(range);
-	else
-		extlb_follow_unregister(range);
+	ctx->follow->unregister_range(range);
 	xa_erase(&ctx->ranges, range->handle);
 	extlb_range_put(range);
 }
