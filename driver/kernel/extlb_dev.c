@@ -157,22 +157,8 @@ static int audit(struct extlb_ctx *ctx, struct extlb_audit *arg)
 	return ret;
 }
 
-static int do_register(struct extlb_ctx *ctx, struct extlb_register *arg,
-		       void __user *user)
-{
-	int ret = extlb_range_register(ctx, arg);
-
-	if (!ret && copy_to_user(user, arg, sizeof(*arg))) {
-		/* Nobody would know its name. */
-		extlb_range_unregister(ctx, arg->handle);
-		ret = -EFAULT;
-	}
-	return ret;
-}
-
 /* Under dev->sem and ctx->lock, by the context's own process. */
-static int context_ioctl(struct extlb_ctx *ctx, unsigned int cmd, void *arg,
-			 void __user *user)
+static int context_ioctl(struct extlb_ctx *ctx, unsigned int cmd, void *arg)
 {
 	struct extlb_unregister *unregister = arg;
 
@@ -183,7 +169,7 @@ static int context_ioctl(struct extlb_ctx *ctx, unsigned int cmd, void *arg,
 
 	switch (cmd) {
 	case EXTLB_IOC_REGISTER:
-		return do_register(ctx, arg, user);
+		return extlb_range_register(ctx, arg);
 	case EXTLB_IOC_UNREGISTER:
 		if (unregister->reserved0)
 			return -EINVAL;
@@ -196,8 +182,7 @@ static int context_ioctl(struct extlb_ctx *ctx, unsigned int cmd, void *arg,
 	return -ENOTTY;
 }
 
-static int locked_ioctl(struct extlb_ctx *ctx, unsigned int cmd, void *arg,
-			void __user *user)
+static int locked_ioctl(struct extlb_ctx *ctx, unsigned int cmd, void *arg)
 {
 	struct extlb_dev *dev = ctx->dev;
 	int ret;
@@ -217,13 +202,22 @@ static int locked_ioctl(struct extlb_ctx *ctx, unsigned int cmd, void *arg,
 	else if (cmd == EXTLB_IOC_INFO)
 		ret = get_info(ctx, arg);
 	else
-		ret = context_ioctl(ctx, cmd, arg, user);
+		ret = context_ioctl(ctx, cmd, arg);
 	mutex_unlock(&ctx->lock);
 	if (!ret && extlb_is_dead(dev))
 		ret = -EIO;
 up:
 	up_read(&dev->sem);
 	return ret;
+}
+
+/* Nobody would know its name. A program that guesses it harms itself only. */
+static void forget_registration(struct extlb_ctx *ctx,
+				const struct extlb_register *reg)
+{
+	struct extlb_unregister arg = { .handle = reg->handle };
+
+	locked_ioctl(ctx, EXTLB_IOC_UNREGISTER, &arg);
 }
 
 static long extlb_ioctl(struct file *file, unsigned int cmd, unsigned long user)
@@ -245,13 +239,20 @@ static long extlb_ioctl(struct file *file, unsigned int cmd, unsigned long user)
 		return -ENOTTY;
 	}
 
-	/* The size is one of the above: at most that of the statistics. */
+	/*
+	 * The size is one of the above: at most that of the statistics. The
+	 * memory is the program's, and a fault there takes as long as it likes
+	 * (userfaultfd): no lock of ours is held meanwhile.
+	 */
 	arg = memdup_user(uptr, size);
 	if (IS_ERR(arg))
 		return PTR_ERR(arg);
-	ret = locked_ioctl(file->private_data, cmd, arg, uptr);
-	if (!ret && cmd != EXTLB_IOC_REGISTER && copy_to_user(uptr, arg, size))
+	ret = locked_ioctl(file->private_data, cmd, arg);
+	if (!ret && copy_to_user(uptr, arg, size)) {
+		if (cmd == EXTLB_IOC_REGISTER)
+			forget_registration(file->private_data, arg);
 		ret = -EFAULT;
+	}
 	kfree(arg);
 	return ret;
 }
