@@ -51,9 +51,9 @@ struct extlb_range *extlb_range_find(struct extlb_ctx *ctx, unsigned long addr,
  * @start: start of the part
  * @end: end of the part
  *
- * Leaves alone what others have registered there since. May sleep. Without
- * memory the part stays in the tree: page requests for it are then refused by
- * the pte notifier core, and it cannot be registered anew.
+ * Leaves alone what others have registered there since. May sleep. Must not
+ * fail: what is freed later must not be found in the tree any more. To take
+ * something out needs memory only if the tree has to be balanced.
  */
 void extlb_range_forget(struct extlb_range *range, unsigned long start,
 			unsigned long end)
@@ -69,8 +69,8 @@ void extlb_range_forget(struct extlb_range *range, unsigned long start,
 			continue;
 		mas_set_range(&mas, max(mas.index, start),
 			      min(mas.last, end - 1));
-		if (mas_store_gfp(&mas, NULL, GFP_KERNEL_ACCOUNT))
-			break;
+		mas_store_gfp(&mas, NULL,
+			      GFP_KERNEL_ACCOUNT | __GFP_NOFAIL);
 	}
 	mtree_unlock(live);
 }
