@@ -190,6 +190,7 @@ struct extlb_ctx {
 	const struct extlb_follow_ops *follow;
 	struct mm_struct *mm;		/* mm_count is held, mm_users is not */
 	struct extlb_context_shadow *shadow;
+	void *no_doorbell;		/* mapped instead when the device is gone */
 
 	struct mutex stop_lock;		/* of the following */
 	bool stopped;			/* the device is silent for this context */

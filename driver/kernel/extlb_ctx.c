@@ -46,13 +46,20 @@ struct extlb_ctx *extlb_ctx_new(struct extlb_dev *dev)
 	return ctx;
 }
 
+static void free_pages_of(struct extlb_ctx *ctx)
+{
+	free_page((unsigned long)ctx->shadow);
+	free_page((unsigned long)ctx->no_doorbell);
+	ctx->shadow = NULL;
+	ctx->no_doorbell = NULL;
+}
+
 static void free_ctx(struct kref *ref)
 {
 	struct extlb_ctx *ctx = container_of(ref, struct extlb_ctx, ref);
 
 	/* Closed, so the device is done with the shadow page. */
-	if (ctx->shadow)
-		free_page((unsigned long)ctx->shadow);
+	free_pages_of(ctx);
 	if (ctx->mm)
 		mmdrop(ctx->mm);
 	extlb_dev_put(ctx->dev);
@@ -161,6 +168,14 @@ static int check_create(const struct extlb_create *arg)
 	return 0;
 }
 
+/* The pages that programs map. They live as long as the file. */
+static int alloc_pages_of(struct extlb_ctx *ctx)
+{
+	ctx->shadow = (void *)get_zeroed_page(GFP_KERNEL_ACCOUNT);
+	ctx->no_doorbell = (void *)get_zeroed_page(GFP_KERNEL_ACCOUNT);
+	return ctx->shadow && ctx->no_doorbell ? 0 : -ENOMEM;
+}
+
 /* Makes an open file a context. Under ctx->lock and dev->sem. */
 int extlb_ctx_create(struct extlb_ctx *ctx, struct extlb_create *arg)
 {
@@ -174,14 +189,9 @@ int extlb_ctx_create(struct extlb_ctx *ctx, struct extlb_create *arg)
 	ret = extlb_pt_init(ctx);
 	if (ret)
 		return ret;
-	ctx->shadow = (void *)get_zeroed_page(GFP_KERNEL_ACCOUNT);
-	if (!ctx->shadow) {
-		ret = -ENOMEM;
-		goto free_table;
-	}
-	ret = take_index(ctx);
+	ret = alloc_pages_of(ctx) ?: take_index(ctx);
 	if (ret)
-		goto free_shadow;
+		goto free;
 
 	ctx->follow = arg->flags ? extlb_follow_by_flag(arg->flags) :
 				   extlb_follow_default();
@@ -196,10 +206,8 @@ int extlb_ctx_create(struct extlb_ctx *ctx, struct extlb_create *arg)
 	arg->context = ctx->index;
 	return 0;
 
-free_shadow:
-	free_page((unsigned long)ctx->shadow);
-	ctx->shadow = NULL;
-free_table:
+free:
+	free_pages_of(ctx);
 	extlb_pt_free(ctx);
 	return ret;
 }

@@ -261,18 +261,27 @@ static long extlb_ioctl(struct file *file, unsigned int cmd, unsigned long user)
  * The doorbell page is mapped when it is touched, so that a page that is mapped
  * while the device goes away is either not mapped or found by
  * unmap_mapping_range(): at that time the VMA is where that looks.
+ *
+ * Without a device there is a page in its place that nobody reads. A program
+ * cannot know, when it rings, that the device has gone; it is to be told by an
+ * error of its next call, and not to be killed by a signal.
  */
 static vm_fault_t doorbell_fault(struct vm_fault *vmf)
 {
-	struct extlb_ctx *ctx = vmf->vma->vm_file->private_data;
+	struct vm_area_struct *vma = vmf->vma;
+	struct extlb_ctx *ctx = vma->vm_file->private_data;
 	struct extlb_dev *dev = ctx->dev;
-	vm_fault_t ret = VM_FAULT_SIGBUS;
 	int srcu = srcu_read_lock(&dev->srcu);
+	phys_addr_t bell = dev->doorbells + ctx->index * EXTLB_DOORBELL_STRIDE;
+	vm_fault_t ret;
 
-	if (!READ_ONCE(dev->removed))
-		ret = vmf_insert_pfn(vmf->vma, vmf->address,
-				     PHYS_PFN(dev->doorbells +
-					      ctx->index * EXTLB_DOORBELL_STRIDE));
+	/* The file, and with it the page, outlives the mapping. */
+	if (READ_ONCE(dev->removed))
+		ret = vmf_insert_pfn_prot(vma, vmf->address,
+					  PHYS_PFN(virt_to_phys(ctx->no_doorbell)),
+					  vm_get_page_prot(vma->vm_flags));
+	else
+		ret = vmf_insert_pfn(vma, vmf->address, PHYS_PFN(bell));
 	srcu_read_unlock(&dev->srcu, srcu);
 	return ret;
 }
