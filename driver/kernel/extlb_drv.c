@@ -380,7 +380,8 @@ static int extlb_probe(struct pci_dev *pdev, const struct pci_device_id *id)
 		goto put;
 
 	ret = -ENOMEM;
-	dev->wq = alloc_workqueue("%s", WQ_UNBOUND, 0, dev->name);
+	/* A work item of each context may sleep in a fault, for long. */
+	dev->wq = alloc_workqueue("%s", WQ_UNBOUND, WQ_MAX_ACTIVE, dev->name);
 	if (!dev->wq)
 		goto put;
 	ret = request_irqs(dev);

@@ -96,7 +96,8 @@ void extlb_watchdog_init(struct extlb_dev *dev)
 /* A file was opened: looks after the device as long as there is one. */
 void extlb_watchdog_start(struct extlb_dev *dev)
 {
-	queue_delayed_work(dev->wq, &dev->watchdog, period());
+	/* Not the queue of those that may all sleep in a fault. */
+	schedule_delayed_work(&dev->watchdog, period());
 }
 
 /* Nobody can open a file any more. */
