@@ -55,6 +55,34 @@ static void dead_work(struct work_struct *work)
 	spin_unlock(&dev->ctx_lock);
 }
 
+/*
+ * When it returns, the device does not access memory, and dev->dead says so.
+ * Fit for atomic context. Return: whether it was this call that did it.
+ *
+ * Bus mastering goes first: a configuration write is not posted, and what the
+ * device had written before is ahead of its completion. The reset is for a
+ * device that still listens; the read behind it returns when the reset is done,
+ * or all ones if nobody is there.
+ */
+static bool silence(struct extlb_dev *dev)
+{
+	bool first;
+
+	/* Whoever comes second returns when the device is silent, too. */
+	spin_lock(&dev->fence_lock);
+	first = !dev->dead;
+	if (first) {
+		pci_clear_master(dev->pdev);
+		writel(EXTLB_CTRL_RESET, dev->regs + EXTLB_REG_CTRL);
+		readl(dev->regs + EXTLB_REG_CTRL);
+		/* Pairs with extlb_is_dead(). */
+		smp_store_release(&dev->dead, true);
+		schedule_work(&dev->dead_work);
+	}
+	spin_unlock(&dev->fence_lock);
+	return first;
+}
+
 /**
  * extlb_fence() - the device cannot be trusted any more: silence it
  * @dev: the device
@@ -62,28 +90,13 @@ static void dead_work(struct work_struct *work)
  *
  * When it returns, the device does not access memory, and dev->dead says so.
  * Fit for atomic context. It is slow, and the last resort.
- *
- * Bus mastering goes first: a configuration write is not posted, and what the
- * device had written before is ahead of its completion. The reset is for a
- * device that still listens; the read behind it returns when the reset is done,
- * or all ones if nobody is there.
  */
 void extlb_fence(struct extlb_dev *dev, const char *reason)
 {
-	/* Whoever comes second returns when the device is silent, too. */
-	spin_lock(&dev->fence_lock);
-	if (!dev->dead) {
-		pci_clear_master(dev->pdev);
-		writel(EXTLB_CTRL_RESET, dev->regs + EXTLB_REG_CTRL);
-		readl(dev->regs + EXTLB_REG_CTRL);
+	if (silence(dev))
 		dev_err(&dev->pdev->dev,
 			"%s; the device is fenced off, all its contexts are over; unbind and bind the driver to start anew\n",
 			reason);
-		/* Pairs with extlb_is_dead(). */
-		smp_store_release(&dev->dead, true);
-		schedule_work(&dev->dead_work);
-	}
-	spin_unlock(&dev->fence_lock);
 }
 
 /* A 64-bit register; 0 if the device is dead. Slow: not for hot paths. */
@@ -454,7 +467,9 @@ static void extlb_remove(struct pci_dev *pdev)
 /* Somebody resets the function: what ran on it is lost, and must know. */
 static void extlb_reset_prepare(struct pci_dev *pdev)
 {
-	extlb_fence(pci_get_drvdata(pdev), "the function is being reset");
+	if (silence(pci_get_drvdata(pdev)))
+		dev_notice(&pdev->dev,
+			   "the function is being reset, all its contexts are over; unbind and bind the driver to start anew\n");
 }
 
 static const struct pci_error_handlers extlb_err_handlers = {
