@@ -1,0 +1,72 @@
+//! What the kernel says about itself.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, ensure};
+
+/// Where the driver lists its contexts, a line each.
+const CONTEXTS: &str = "/sys/kernel/debug/extlb/extlb0/contexts";
+
+/// Number of contexts that the driver has.
+pub fn contexts() -> Result<usize> {
+    let text = fs::read_to_string(CONTEXTS).with_context(|| format!("read {CONTEXTS}"))?;
+    Ok(text.lines().count())
+}
+
+/// One of the counters of the driver and its device.
+pub fn counter(name: &str) -> Result<u64> {
+    let path = "/sys/kernel/debug/extlb/extlb0/stats";
+    let text = fs::read_to_string(path).with_context(|| format!("read {path}"))?;
+    text.lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok())
+        .ok_or_else(|| anyhow!("{path} has no {name}"))
+}
+
+/// A line `Name:   123 kB` of /proc/meminfo, in KiB.
+pub fn meminfo_kib(name: &str) -> Result<u64> {
+    let text = fs::read_to_string("/proc/meminfo").context("read /proc/meminfo")?;
+    text.lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
+        .and_then(|rest| rest.split_whitespace().next()?.parse().ok())
+        .ok_or_else(|| anyhow!("/proc/meminfo has no {name}"))
+}
+
+/// Objects in use of each of the kernel's slab caches.
+pub fn slab_objects() -> Result<BTreeMap<String, u64>> {
+    // Those that a processor keeps for the next caller count as in use otherwise.
+    for cache in fs::read_dir("/sys/kernel/slab")
+        .into_iter()
+        .flatten()
+        .flatten()
+    {
+        let _ = fs::write(cache.path().join("shrink"), "1");
+    }
+    let text = fs::read_to_string("/proc/slabinfo").context("read /proc/slabinfo")?;
+    let mut objects = BTreeMap::new();
+    for line in text.lines().filter(|line| !line.starts_with(['#', 's'])) {
+        let mut words = line.split_whitespace();
+        let name = words.next().unwrap_or_default();
+        if let Some(count) = words.next().and_then(|word| word.parse().ok()) {
+            objects.insert(name.to_owned(), count);
+        }
+    }
+    Ok(objects)
+}
+
+/// Gives clean caches back, so that readings of free memory compare.
+pub fn drop_caches() -> Result<()> {
+    nix::unistd::sync();
+    fs::write("/proc/sys/vm/drop_caches", "3").context("drop caches")
+}
+
+/// Waits for a condition that must come true by itself, as the kernel's own work ends.
+pub fn eventually(what: &str, mut condition: impl FnMut() -> Result<bool>) -> Result<()> {
+    let end = Instant::now() + Duration::from_secs(60);
+    while !condition()? {
+        ensure!(Instant::now() < end, "{what}: not within 60 s");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
+}
