@@ -287,6 +287,30 @@ fn an_audit_compares_the_tlb_and_the_page_table() {
 }
 
 #[test]
+fn what_the_kernel_maps_above_the_process_is_not_compared() {
+    const END: u64 = 1 << 47;
+    let (guest, process, _) = guest();
+    process.map_fresh(Iova(END - PAGE), 2);
+    for iova in [END - PAGE, END] {
+        process.set_cpu(Iova(iova), None);
+        let done = process.go(&guest, op(Opcode::Fill, iova, iova, 16));
+        assert_eq!(done.status, Status::Success as u32);
+        assert_eq!(suspects(&guest), 1, "the last page of the process");
+    }
+    let result = guest.pages.take();
+    guest.post(Command {
+        kind: CommandKind::Audit as u32,
+        context: 1,
+        addr: result.0,
+        ..Default::default()
+    });
+    guest.run();
+    let bytes = guest.bytes(result, 64);
+    let result = AuditResult::from_bytes(&bytes.try_into().unwrap());
+    assert_eq!((result.mismatches, result.iova), (2, END - PAGE));
+}
+
+#[test]
 fn the_report_is_bounded_by_what_the_registers_hold() {
     let guest = Guest::new();
     let process = guest.process(1);

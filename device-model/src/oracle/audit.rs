@@ -65,6 +65,9 @@ impl Device {
             };
             // Piece by piece: the process may map by smaller pages what a leaf maps at once.
             let mut compare_all = |iova: Iova, frame: Gpa, size: u64, write: bool, fill: u64| {
+                if !cpu_walk::may_be_the_processs(iova) {
+                    return true;
+                }
                 let mut pieces = (0..size).step_by(PAGE_SIZE as usize);
                 pieces.all(|at| compare(Iova(iova.0 + at), Gpa(frame.0 + at), write, fill))
             };

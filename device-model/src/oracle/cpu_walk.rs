@@ -14,6 +14,8 @@ const USER: u64 = 1 << 2;
 /// In an entry of level 2 or 3: maps a page of 2 MiB or 1 GiB.
 const LARGE: u64 = 1 << 7;
 const ADDR: u64 = 0x000f_ffff_ffff_f000;
+/// End of the half that is the process's; the other one is the kernel's.
+const PROCESS_END: u64 = 1 << 47;
 
 /// What the process has at a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,6 +23,12 @@ pub(crate) struct CpuMapping {
     /// The 4 KiB piece.
     pub(crate) frame: Gpa,
     pub(crate) writable: bool,
+}
+
+/// Whether the process can have anything at an address. What a kernel maps for the device above
+/// that is the kernel's own, and there is nothing to compare it with.
+pub(crate) fn may_be_the_processs(iova: Iova) -> bool {
+    iova.0 < PROCESS_END
 }
 
 /// What the process has at an address; `None` for nothing.

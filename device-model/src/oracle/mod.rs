@@ -106,7 +106,7 @@ impl Oracle {
 impl Device {
     /// Compares a translation that is about to be used. The caller holds the guard.
     pub(crate) fn check_access(&self, context: &Context, epoch: u64, root: Gpa, used: Used) {
-        if !self.config.oracle.enabled {
+        if !self.config.oracle.enabled || !cpu_walk::may_be_the_processs(used.iova) {
             return;
         }
         self.counters.oracle_checks.add(1);
