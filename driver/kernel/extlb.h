@@ -4,6 +4,7 @@
  *
  * Locks, outermost first; README.md says what each is for:
  *
+ *	extlb_hmm_file.lock
  *	extlb_dev.sem
  *	  extlb_ctx.lock
  *	    mmap_lock
@@ -50,6 +51,8 @@
 #endif
 
 #define EXTLB_IOVA_END		BIT(EXTLB_IOVA_BITS)
+/* Here, above what processes have, the driver may map pages of its own. */
+#define EXTLB_KERNEL_IOVA	BIT(EXTLB_IOVA_BITS - 1)
 /* Page requests of one context that may wait at a time. */
 #define EXTLB_CREDITS		16
 /* Registrations of one context. */
@@ -90,6 +93,7 @@ struct extlb_dev {
 	int id;
 	char name[16];
 	struct miscdevice misc;
+	struct extlb_hmm *hmm;		/* see extlb_hmm.c; may be absent */
 	struct dentry *debugfs;
 
 	/* Held for reading by whoever talks to the device in a system call. */
@@ -211,6 +215,7 @@ struct extlb_ctx {
 	struct extlb_page_request faults[EXTLB_CREDITS];
 	unsigned int fault_head, fault_tail;
 	struct work_struct fault_work;
+	unsigned long fill_ahead;	/* pages up to here are going to be needed */
 
 	wait_queue_head_t wait;		/* pollers and readers */
 	u32 events_seen;		/* by the interrupt handler */
@@ -260,7 +265,10 @@ static inline bool extlb_is_dead(struct extlb_dev *dev)
 extern const struct file_operations extlb_fops;
 
 /* extlb_ctx.c */
-struct extlb_ctx *extlb_ctx_new(struct extlb_dev *dev);
+struct extlb_ctx *extlb_ctx_open(struct extlb_dev *dev,
+				 struct address_space *mapping);
+void extlb_ctx_release(struct extlb_ctx *ctx);
+bool extlb_ctx_is_over(struct extlb_ctx *ctx);
 int extlb_ctx_create(struct extlb_ctx *ctx, struct extlb_create *arg);
 void extlb_ctx_stop(struct extlb_ctx *ctx);
 void extlb_ctx_close(struct extlb_ctx *ctx);
@@ -316,6 +324,10 @@ void extlb_fault_work(struct work_struct *work);
 void extlb_watchdog_init(struct extlb_dev *dev);
 void extlb_watchdog_start(struct extlb_dev *dev);
 void extlb_watchdog_stop(struct extlb_dev *dev);
+
+/* extlb_hmm.c */
+void extlb_hmm_add(struct extlb_dev *dev);
+void extlb_hmm_remove(struct extlb_dev *dev);
 
 /* extlb_debugfs.c */
 void extlb_debugfs_add(struct extlb_dev *dev);

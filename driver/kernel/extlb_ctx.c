@@ -25,7 +25,7 @@ MODULE_PARM_DESC(oracle,
 		 "Tell the device the process's page table, so that it can check its translations (default on)");
 
 /* Of an open file; there is no context yet. */
-struct extlb_ctx *extlb_ctx_new(struct extlb_dev *dev)
+static struct extlb_ctx *new_ctx(struct extlb_dev *dev)
 {
 	struct extlb_ctx *ctx = kvzalloc(sizeof(*ctx), GFP_KERNEL_ACCOUNT);
 
@@ -276,6 +276,45 @@ void extlb_ctx_close(struct extlb_ctx *ctx)
 	smp_store_release(&ctx->state, EXTLB_CTX_CLOSED);
 	mutex_unlock(&ctx->lock);
 	wake_up_all(&ctx->wait);
+}
+
+/* For a file that is being opened; NULL without memory. */
+struct extlb_ctx *extlb_ctx_open(struct extlb_dev *dev,
+				 struct address_space *mapping)
+{
+	struct extlb_ctx *ctx = new_ctx(dev);
+
+	if (!ctx)
+		return NULL;
+	ctx->mapping = mapping;
+	spin_lock(&dev->ctx_lock);
+	list_add(&ctx->node, &dev->files);
+	spin_unlock(&dev->ctx_lock);
+	extlb_watchdog_start(dev);
+	return ctx;
+}
+
+/* The file is being closed. */
+void extlb_ctx_release(struct extlb_ctx *ctx)
+{
+	struct extlb_dev *dev = ctx->dev;
+
+	down_read(&dev->sem);
+	extlb_ctx_close(ctx);
+	spin_lock(&dev->ctx_lock);
+	list_del_init(&ctx->node);
+	spin_unlock(&dev->ctx_lock);
+	up_read(&dev->sem);
+	extlb_ctx_put(ctx);
+}
+
+/* Nothing more comes from the device for this context. */
+bool extlb_ctx_is_over(struct extlb_ctx *ctx)
+{
+	/* As in extlb_ctx_close(). */
+	return smp_load_acquire(&ctx->state) == EXTLB_CTX_CLOSED ||
+	       READ_ONCE(ctx->error) || READ_ONCE(ctx->closing) ||
+	       extlb_is_dead(ctx->dev);
 }
 
 /* The device stopped the context for an error. */

@@ -26,31 +26,17 @@ static int extlb_open(struct inode *inode, struct file *file)
 	/* misc_open() keeps misc_deregister() out meanwhile. */
 	struct extlb_dev *dev = container_of(file->private_data,
 					     struct extlb_dev, misc);
-	struct extlb_ctx *ctx = extlb_ctx_new(dev);
+	struct extlb_ctx *ctx = extlb_ctx_open(dev, file->f_mapping);
 
 	if (!ctx)
 		return -ENOMEM;
-	ctx->mapping = file->f_mapping;
-	spin_lock(&dev->ctx_lock);
-	list_add(&ctx->node, &dev->files);
-	spin_unlock(&dev->ctx_lock);
-	extlb_watchdog_start(dev);
 	file->private_data = ctx;
 	return nonseekable_open(inode, file);
 }
 
 static int extlb_release(struct inode *inode, struct file *file)
 {
-	struct extlb_ctx *ctx = file->private_data;
-	struct extlb_dev *dev = ctx->dev;
-
-	down_read(&dev->sem);
-	extlb_ctx_close(ctx);
-	spin_lock(&dev->ctx_lock);
-	list_del_init(&ctx->node);
-	spin_unlock(&dev->ctx_lock);
-	up_read(&dev->sem);
-	extlb_ctx_put(ctx);
+	extlb_ctx_release(file->private_data);
 	return 0;
 }
 
@@ -325,12 +311,6 @@ static bool has_events(struct extlb_ctx *ctx)
 	return READ_ONCE(ctx->shadow->event_seq) != READ_ONCE(ctx->events_taken);
 }
 
-static bool is_over(struct extlb_ctx *ctx)
-{
-	return READ_ONCE(ctx->error) || READ_ONCE(ctx->closing) ||
-	       state_of(ctx) == EXTLB_CTX_CLOSED || extlb_is_dead(ctx->dev);
-}
-
 static __poll_t extlb_poll(struct file *file, poll_table *table)
 {
 	struct extlb_ctx *ctx = file->private_data;
@@ -341,7 +321,7 @@ static __poll_t extlb_poll(struct file *file, poll_table *table)
 		return EPOLLERR;
 	if (ctx->shadow && has_events(ctx))
 		mask |= EPOLLIN | EPOLLRDNORM;
-	if (is_over(ctx))
+	if (extlb_ctx_is_over(ctx))
 		mask |= EPOLLERR | EPOLLHUP;
 	return mask;
 }
@@ -369,12 +349,12 @@ static ssize_t extlb_read(struct file *file, char __user *buf, size_t size,
 	if (!ctx->shadow)
 		return -EIO;
 	while (!(count = take_events(ctx))) {
-		if (is_over(ctx))
+		if (extlb_ctx_is_over(ctx))
 			return -EIO;
 		if (file->f_flags & O_NONBLOCK)
 			return -EAGAIN;
 		ret = wait_event_interruptible(ctx->wait, has_events(ctx) ||
-					       is_over(ctx));
+					       extlb_ctx_is_over(ctx));
 		if (ret)
 			return ret;
 	}

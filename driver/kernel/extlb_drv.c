@@ -408,6 +408,7 @@ static int extlb_probe(struct pci_dev *pdev, const struct pci_device_id *id)
 	ret = misc_register(&dev->misc);
 	if (ret)
 		goto stop;
+	extlb_hmm_add(dev);
 	extlb_debugfs_add(dev);
 	dev_info(&pdev->dev, "%s: %u contexts%s\n", dev->name, dev->contexts,
 		 dev->cap & EXTLB_CAP_ORACLE ? ", oracle" : "");
@@ -435,6 +436,7 @@ static void extlb_remove(struct pci_dev *pdev)
 	struct extlb_ctx *ctx;
 
 	misc_deregister(&dev->misc);
+	extlb_hmm_remove(dev);
 	extlb_debugfs_remove(dev);
 	if (readl(dev->regs + EXTLB_REG_ID) != EXTLB_ID_VALUE)
 		extlb_fence(dev, "the device is gone");

@@ -229,7 +229,8 @@ static void post_invalidation(struct extlb_ctx *ctx, unsigned long start,
  * @may_sleep: whether the caller may
  *
  * When it returns, no leaf of the range is left that was there before, the
- * device's TLB holds nothing of it, and no access to it is under way.
+ * device's TLB holds nothing of it, and no access to it is under way. Of what is
+ * above the addresses of processes nothing is ever taken: pages of the driver.
  *
  * Leaf, then TLB, then accesses: the leaves are cleared before the invalidation
  * is posted, so a walk that comes after it finds nothing; what was translated
@@ -251,7 +252,7 @@ void extlb_pt_shoot_down(struct extlb_ctx *ctx, unsigned long start,
 	u64 seq;
 
 	spin_lock(&ctx->pt_lock);
-	extlb_pt_clear(ctx, start, end, &cleared);
+	extlb_pt_clear(ctx, start, min(end, TASK_SIZE_MAX), &cleared);
 	if (cleared.pages)
 		post_invalidation(ctx, cleared.start, cleared.end);
 	seq = ctx->inval_seq;

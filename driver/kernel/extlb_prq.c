@@ -55,7 +55,9 @@ static int map_request(struct extlb_ctx *ctx,
 		range = extlb_range_find(ctx, start, &limit);
 		if (!range)
 			return -ENXIO;
-		end = min(limit, start + request->pages * PAGE_SIZE);
+		end = max(start + request->pages * PAGE_SIZE,
+			  READ_ONCE(ctx->fill_ahead));
+		end = min(end, limit);
 		ret = ctx->follow->fill(range, start, end,
 					request->flags & EXTLB_REQUEST_WRITE);
 		extlb_range_put(range);
