@@ -13,7 +13,7 @@ use crate::profile::{Mebibytes, Profile};
 use crate::rig::{Options, Rig};
 use crate::run::{Addition, Request, run_command};
 use crate::vm::{Input, Sinks, window};
-use crate::{bench, cargo, demo, device, doctor, paths, sandbox, signals};
+use crate::{bench, cargo, demo, device, doctor, paths, sandbox, signals, suite};
 
 /// A device that works on a process's memory by its virtual addresses, and a guest to watch it in.
 ///
@@ -36,6 +36,11 @@ enum Command {
     Run(RunArguments),
     /// A shell in a guest with the device
     Shell(ShellArguments),
+    /// Run a suite in a guest, print its TAP, and compare it with what is expected
+    ///
+    /// What is expected, and why a test does not pass, is in tests/expected. Exit code 0 if all is
+    /// as expected, 1 if not: also if a test passes that is not expected to.
+    Test(suite::Arguments),
     /// Say what is there, what is missing, and what to do
     Doctor(doctor::Arguments),
     /// Compare, in one run and one table
@@ -160,6 +165,7 @@ fn execute(cli: Cli) -> Result<i32> {
         Command::Demo(arguments) => demo::run(&options, &arguments),
         Command::Run(arguments) => run(&options, arguments),
         Command::Shell(arguments) => shell(&options, arguments),
+        Command::Test(arguments) => suite::run(&options, &arguments),
         Command::Doctor(arguments) => doctor::run(&options, &arguments),
         Command::Bench(subject) => bench::run(&options, &subject),
         Command::Kernel(KernelCommand::Build) => build_kernel(options.flavour),

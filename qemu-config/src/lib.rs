@@ -38,5 +38,6 @@ pub mod run;
 pub mod sandbox;
 pub mod signals;
 mod spawn_unsafe;
+pub mod suite;
 pub mod toolbox;
 pub mod vm;

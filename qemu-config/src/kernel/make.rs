@@ -59,7 +59,16 @@ impl Maker {
 
     /// `make` in `tree`, with further folders at hand.
     pub fn make(&self, tree: &Path, with: &[&Path]) -> Command {
-        let mut command = match self {
+        let mut command = self.command("make", tree, with);
+        // The same sources give the same kernel.
+        command.args(["KBUILD_BUILD_USER=extlb", "KBUILD_BUILD_HOST=extlb"]);
+        command.args(["KBUILD_BUILD_VERSION=1", "KBUILD_BUILD_TIMESTAMP=@0"]);
+        command
+    }
+
+    /// A program of those that build, in `tree`, with further folders at hand.
+    pub fn command(&self, program: &str, tree: &Path, with: &[&Path]) -> Command {
+        match self {
             Self::Sandbox { rig, root } => {
                 let mut binds = vec![Bind {
                     from: tree.to_path_buf(),
@@ -71,21 +80,17 @@ impl Maker {
                         to: self.path_of(from, index).into(),
                     });
                 }
-                sandbox::command(rig, root, &binds, TREE, "make")
+                sandbox::command(rig, root, &binds, TREE, program)
             }
             Self::Machine => {
-                let mut command = Command::new("make");
+                let mut command = Command::new(program);
                 command.current_dir(tree).env("LC_ALL", "C");
                 command
             }
-        };
-        // The same sources give the same kernel.
-        command.args(["KBUILD_BUILD_USER=extlb", "KBUILD_BUILD_HOST=extlb"]);
-        command.args(["KBUILD_BUILD_VERSION=1", "KBUILD_BUILD_TIMESTAMP=@0"]);
-        command
+        }
     }
 
-    /// Where `make` sees the further folder number `index`.
+    /// Where such a program sees the further folder number `index`.
     pub fn path_of(&self, outside: &Path, index: usize) -> String {
         match self {
             Self::Sandbox { .. } => format!("{WITH}{index}"),

@@ -18,8 +18,7 @@ use crate::paths::{self, Cache, Key, files_under, remove_tree};
 use crate::progress::Step;
 use crate::spawn_unsafe::dies_with_us;
 use crate::toolbox::{BUILD, SOURCE, Toolbox};
-use make::Maker;
-pub use make::missing_tools;
+pub use make::{Maker, missing_tools};
 
 /// Raised when the way of building changes.
 const RECIPE: &str = "1";
@@ -180,7 +179,10 @@ fn build(
     let work = cache.scratch(&format!("kernel-{}", flavour.name()))?;
     let log = |name: &str| cache.path(format!("log/kernel-{}-{name}.log", flavour.name()));
 
-    unpack(toolbox, &source_archive(source)?, &work, &log("unpack")?)?;
+    let left_out = LEFT_OUT.map(|pattern| format!("--exclude={pattern}"));
+    let left_out = left_out.each_ref().map(String::as_str);
+    let archive = source_archive(source)?;
+    unpack(toolbox, &archive, &work, &log("unpack")?, &left_out)?;
     for patch in patches {
         let mut command = toolbox.command("usr/bin/patch");
         command
@@ -251,7 +253,14 @@ fn forget_old(tree: &Path, flavour: Flavour) -> Result<()> {
     Ok(())
 }
 
-fn unpack(toolbox: &Toolbox, archive: &Path, to: &Path, log: &Path) -> Result<()> {
+/// Unpacks the source's archive; `which` are further arguments for tar.
+pub fn unpack(
+    toolbox: &Toolbox,
+    archive: &Path,
+    to: &Path,
+    log: &Path,
+    which: &[&str],
+) -> Result<()> {
     let mut step = Step::begin("unpacking the kernel's source");
     let mut xz = toolbox.command("usr/bin/xz");
     xz.args(["--decompress", "--stdout"]).arg(archive);
@@ -265,7 +274,7 @@ fn unpack(toolbox: &Toolbox, archive: &Path, to: &Path, log: &Path) -> Result<()
         "--directory",
     ])
     .arg(to)
-    .args(LEFT_OUT.map(|pattern| format!("--exclude={pattern}")));
+    .args(which);
     tar.stdin(stdout)
         .stdout(Stdio::null())
         .stderr(fs::File::create(log)?);
@@ -383,7 +392,9 @@ fn is_driver_source(file: &Path) -> bool {
     let source = Path::new(named)
         .extension()
         .is_some_and(|extension| ["c", "h", "S"].iter().any(|source| extension == *source));
-    (source && !named.ends_with(".mod.c")) || ["Kbuild", "Makefile", "Kconfig"].contains(&named)
+    !file.starts_with("selftests")
+        && ((source && !named.ends_with(".mod.c"))
+            || ["Kbuild", "Makefile", "Kconfig"].contains(&named))
 }
 
 #[cfg(test)]
@@ -401,6 +412,7 @@ mod tests {
             ".extlb.o.cmd",
             "modules.order",
             "README.md",
+            "selftests/extlb_test.c",
         ] {
             assert!(!is_driver_source(Path::new(name)), "{name}");
         }
