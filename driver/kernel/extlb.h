@@ -76,6 +76,7 @@ struct extlb_iq {
 	u32 entries;
 	u32 tail;
 	u64 seq;			/* of the last wait posted */
+	atomic64_t longest_wait_ns;	/* for the device, or the fence */
 };
 
 /* The page request ring: requests from the device. */

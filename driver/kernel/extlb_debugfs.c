@@ -102,9 +102,10 @@ static int stats_show(struct seq_file *m, void *v)
 	struct extlb_dev *dev = m->private;
 	int i;
 
-	seq_printf(m, "dead %d\nshootdowns %lld\nmissed_interrupts %lld\n",
+	seq_printf(m, "dead %d\nshootdowns %lld\nmissed_interrupts %lld\nlongest_wait_ns %lld\n",
 		   extlb_is_dead(dev), atomic64_read(&dev->shootdowns),
-		   atomic64_read(&dev->missed_interrupts));
+		   atomic64_read(&dev->missed_interrupts),
+		   atomic64_read(&dev->iq.longest_wait_ns));
 	for (i = 0; i < ARRAY_SIZE(counters); i++)
 		seq_printf(m, "%s %llu\n", counters[i].name,
 			   extlb_read_counter(dev, counters[i].reg));

@@ -33,10 +33,28 @@ MODULE_PARM_DESC(ack_timeout_ms,
 /* Spins before a waiter that may sleep does so. */
 #define SPINS_BEFORE_SLEEP	2000
 
-static u64 deadline(void)
+/* This clock may go back a little: so signed. */
+static s64 ns_since(u64 begin)
 {
-	return ktime_get_mono_fast_ns() +
-	       clamp(READ_ONCE(ack_timeout_ms), 10U, 60000U) * 1000000ULL;
+	return ktime_get_mono_fast_ns() - begin;
+}
+
+/* Whether who began to wait then has waited enough. */
+static bool is_over(u64 begin)
+{
+	return ns_since(begin) >
+	       clamp(READ_ONCE(ack_timeout_ms), 10U, 60000U) * 1000000LL;
+}
+
+/* For the administrator, beside the limit. */
+static void note_wait(struct extlb_iq *iq, u64 begin)
+{
+	s64 longest = atomic64_read(&iq->longest_wait_ns);
+	s64 ns = ns_since(begin);
+
+	while (ns > longest &&
+	       !atomic64_try_cmpxchg(&iq->longest_wait_ns, &longest, ns))
+		;
 }
 
 /* Wakes the device if it sleeps. See the handshake in the shadow page. */
@@ -67,26 +85,30 @@ static bool lock_with_room(struct extlb_dev *dev, u32 need)
 	__acquires(&dev->iq.lock)
 {
 	struct extlb_iq *iq = &dev->iq;
-	u64 end = 0;
+	bool room = false;
+	u64 begin = 0;
 	u32 used;
 
 	spin_lock(&iq->lock);
 	while (!extlb_is_dead(dev)) {
 		used = iq->tail - READ_ONCE(dev->shadow->iq_head);
-		if (used + need <= iq->entries)
-			return true;
+		room = used + need <= iq->entries;
+		if (room)
+			break;
 		spin_unlock(&iq->lock);
 
 		if (used > iq->entries)
 			extlb_fence(dev, "head of the invalidation queue makes no sense");
-		else if (!end)
-			end = deadline();
-		else if (ktime_get_mono_fast_ns() > end)
+		else if (!begin)
+			begin = ktime_get_mono_fast_ns();
+		else if (is_over(begin))
 			extlb_fence(dev, "invalidation queue stays full");
 		cpu_relax();
 		spin_lock(&iq->lock);
 	}
-	return false;
+	if (begin)
+		note_wait(iq, begin);
+	return room;
 }
 
 /**
@@ -154,15 +176,14 @@ static bool acknowledged(struct extlb_dev *dev, u64 seq)
 void extlb_iq_wait(struct extlb_dev *dev, u64 seq, bool may_sleep)
 {
 	unsigned int spins = 0;
-	u64 end = 0;
+	u64 begin = 0;
 
-	while (!acknowledged(dev, seq)) {
-		if (extlb_is_dead(dev))
-			return;
+	while (!acknowledged(dev, seq) && !extlb_is_dead(dev)) {
+		/* What takes fewer spins than this is not worth a clock. */
 		if (++spins % 64 == 0) {
-			if (!end)
-				end = deadline();
-			else if (ktime_get_mono_fast_ns() > end)
+			if (!begin)
+				begin = ktime_get_mono_fast_ns();
+			else if (is_over(begin))
 				extlb_fence(dev, "no acknowledgment of an invalidation");
 		}
 		if (may_sleep && spins > SPINS_BEFORE_SLEEP)
@@ -170,4 +191,7 @@ void extlb_iq_wait(struct extlb_dev *dev, u64 seq, bool may_sleep)
 		else
 			cpu_relax();
 	}
+	/* The fence, too: the caller has waited for it. */
+	if (begin)
+		note_wait(&dev->iq, begin);
 }
