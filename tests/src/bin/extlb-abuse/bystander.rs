@@ -147,7 +147,7 @@ pub fn endure() -> Result<()> {
 }
 
 /// Whether the device has gone.
-fn is_loss(error: &anyhow::Error) -> bool {
+pub fn is_loss(error: &anyhow::Error) -> bool {
     let error = error.downcast_ref::<Error>();
     matches!(error, Some(Error::Dead { .. } | Error::Stopped { .. }))
 }

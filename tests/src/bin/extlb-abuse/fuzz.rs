@@ -16,7 +16,7 @@ use crate::sys_unsafe::{ARGUMENT_BYTES, ARGUMENTS, memory_file, reserve};
 use crate::{Figures, Order, role};
 
 /// The user and group `nobody`.
-const NOBODY: u32 = 65534;
+pub const NOBODY: u32 = 65534;
 /// Calls that are made twice, to see that the seed decides.
 const REPEATED: u64 = 1000;
 /// Calls between two signs of life.

@@ -24,6 +24,14 @@ pub fn counter(name: &str) -> Result<u64> {
         .ok_or_else(|| anyhow!("{path} has no {name}"))
 }
 
+/// One of the counters of the memory manager.
+pub fn vmstat(name: &str) -> Result<u64> {
+    let text = fs::read_to_string("/proc/vmstat").context("read /proc/vmstat")?;
+    text.lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok())
+        .ok_or_else(|| anyhow!("/proc/vmstat has no {name}"))
+}
+
 /// A line `Name:   123 kB` of /proc/meminfo, in KiB.
 pub fn meminfo_kib(name: &str) -> Result<u64> {
     let text = fs::read_to_string("/proc/meminfo").context("read /proc/meminfo")?;

@@ -4,12 +4,11 @@ use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
-use crate::{bystander, fuzz, kill, unload};
+use crate::{bystander, cgroup, forks, fuzz, kill, offline, oom, share, stop, timeout, unload};
 
 /// Plays the role that the words name.
-pub fn play(words: &[String]) -> Result<()> {
-    let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    match words[..] {
+pub fn play(words: &[&str]) -> Result<()> {
+    match *words {
         ["bystander", device_goes] => bystander::play(device_goes == "true"),
         ["fuzz", seed, count, threads] => {
             fuzz::play(seed.parse()?, count.parse()?, threads.parse()?)
@@ -17,6 +16,18 @@ pub fn play(words: &[String]) -> Result<()> {
         ["work"] => kill::work(),
         ["endure"] => bystander::endure(),
         ["sleep"] => unload::sleep(),
+        ["victim"] => timeout::victim(),
+        ["hog"] => oom::hog(),
+        ["sweep"] => oom::sweep(),
+        ["beat"] => stop::beat(),
+        ["share"] => share::play(),
+        ["hold"] => offline::hold(),
+        ["bomb"] => forks::bomb(),
+        ["in", group, ..] => {
+            cgroup::enter(group)?;
+            play(&words[2..])
+        }
+        ["nobody", ..] => forks::as_nobody(&words[1..]),
         _ => bail!("no such role: {words:?}"),
     }
 }

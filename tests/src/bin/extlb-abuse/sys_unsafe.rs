@@ -4,6 +4,8 @@
 use std::os::fd::RawFd;
 
 use anyhow::{Result, ensure};
+use extlb_driver::{Kernel, Pending, Queue, Raw};
+use extlb_spec::work::{Descriptor, Opcode};
 use nix::errno::Errno;
 use nix::libc;
 
@@ -135,6 +137,34 @@ pub fn poke(memory_file: u64, addr: u64, bytes: &[u8]) -> Result<(), Errno> {
     Errno::result(put)?;
     let args = [memory_file, addr, bytes.len() as u64, 0, 0, 0];
     call(libc::SYS_pread64, args).map(drop)
+}
+
+/// Submits an operation on the arena, where no Rust object is, whatever is mapped there.
+pub fn submit(
+    queue: &Queue<Kernel>,
+    descriptor: Descriptor,
+) -> extlb_driver::Result<Pending<Kernel, Raw, ()>> {
+    let reads = descriptor.opcode == Opcode::Crc32c as u8;
+    let writes = descriptor.opcode == Opcode::Fill as u8;
+    assert!(
+        descriptor.flags == 0
+            && (reads && is_inside(descriptor.src, descriptor.len)
+                || writes && is_inside(descriptor.dst, descriptor.len)),
+        "{descriptor:?}"
+    );
+    // SAFETY: as the assertion says.
+    unsafe { queue.submit_raw(descriptor) }
+}
+
+/// Gives whole pages of memory back to the kernel; those of private memory are zero then.
+pub fn discard(bytes: &mut [u8]) -> Result<(), Errno> {
+    let start = bytes.as_mut_ptr();
+    let whole =
+        start.addr().is_multiple_of(PAGE as usize) && bytes.len().is_multiple_of(PAGE as usize);
+    assert!(whole, "{} bytes at {start:p}", bytes.len());
+    // SAFETY: only the content of these bytes changes, which are borrowed for writing.
+    let result = unsafe { libc::madvise(start.cast(), bytes.len(), libc::MADV_DONTNEED) };
+    Errno::result(result).map(drop)
 }
 
 /// Forks a child that runs `calls` and ends; waits for it.

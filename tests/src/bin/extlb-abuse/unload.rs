@@ -86,7 +86,8 @@ fn put(path: impl Into<PathBuf>, text: &str) -> Result<()> {
     fs::write(&path, text).with_context(|| format!("write {text:?} to {}", path.display()))
 }
 
-fn unbind_and_bind() -> Result<()> {
+/// Takes the driver from the device, and gives it back.
+pub fn unbind_and_bind() -> Result<()> {
     let device = device()?;
     let name = device.file_name().context("a name")?.to_string_lossy();
     put(format!("{DRIVER}/unbind"), &name)?;
