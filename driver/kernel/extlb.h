@@ -42,6 +42,9 @@
 #if IS_ENABLED(CONFIG_PTE_NOTIFIERS)
 #include <linux/pte_notifier.h>
 #endif
+#if IS_ENABLED(CONFIG_MMU_NOTIFIER)
+#include <linux/mmu_notifier.h>
+#endif
 
 #include "extlb_hw.h"
 #include "extlb_uapi.h"
@@ -134,6 +137,9 @@ struct extlb_dev {
 	struct mutex audit_lock;	/* of the audit's words in @shadow */
 	struct mutex oracle_lock;	/* of ORACLE_SELECT */
 	bool ignore_notifier;
+	bool ignore_stale;		/* fault injection, see extlb_debugfs.c */
+	u32 hold_fills;
+	atomic_t held_fills;
 	struct extlb_histogram shootdown_ns;
 	atomic64_t shootdowns;
 };
@@ -160,6 +166,9 @@ struct extlb_follow_ops {
 	 */
 	bool pins;
 
+	/* The context begins and ends to follow current->mm. Optional. */
+	int (*attach)(struct extlb_ctx *ctx);
+	void (*detach)(struct extlb_ctx *ctx);
 	/*
 	 * Takes up a registration under mmap_lock for writing, so that nothing
 	 * is unmapped before page requests find it; optional. Then @populate
@@ -193,6 +202,9 @@ struct extlb_ctx {
 	enum extlb_ctx_state state;	/* set to LIVE with release semantics */
 	u32 index;			/* in the context table */
 	const struct extlb_follow_ops *follow;
+#if IS_ENABLED(CONFIG_MMU_NOTIFIER)
+	struct mmu_notifier mn;
+#endif
 	struct mm_struct *mm;		/* mm_count is held, mm_users is not */
 	struct extlb_context_shadow *shadow;
 	void *no_doorbell;		/* mapped instead when the device is gone */
@@ -208,6 +220,7 @@ struct extlb_ctx {
 	u64 *root;
 	bool closing;			/* no table and no leaf is added any more */
 	u64 inval_seq;			/* wait of the last invalidation posted */
+	struct list_head fills;		/* of extlb_fill.node */
 
 	struct maple_tree live;		/* address -> range that covers it now */
 	struct xarray ranges;		/* handle -> range */
@@ -225,6 +238,7 @@ struct extlb_ctx {
 
 	atomic64_t shootdowns, shot_pages, page_requests, refused_requests;
 	atomic64_t filled_pages, mapped_pages, pinned_pages;
+	atomic64_t callbacks, retried_fills;
 	struct extlb_histogram shootdown_ns;
 };
 
@@ -238,9 +252,32 @@ struct extlb_range {
 #if IS_ENABLED(CONFIG_PTE_NOTIFIERS)
 	struct pte_notifier pn;
 #endif
+#if IS_ENABLED(CONFIG_MMU_NOTIFIER)
+	struct mmu_interval_notifier mni;
+#endif
 	/* Pinned mode: struct page pointers, bit 0 set if pinned for writing. */
 	unsigned long *pages;
 	unsigned long npages;
+};
+
+/* Looking pages up for the device, see extlb_fill.c. */
+struct extlb_fill {
+	struct extlb_range *range;
+	unsigned long start, end;
+	bool write;
+
+	/* Makes the fill learn of notifications from now on; optional. */
+	void (*begin)(struct extlb_fill *fill);
+	/* Whether one has come. Under pt_lock. */
+	bool (*is_stale)(struct extlb_fill *fill);
+	bool stale;			/* for those two, under pt_lock */
+	unsigned long seq;		/* likewise, of who began */
+
+	struct list_head node;		/* in extlb_ctx.fills */
+	struct task_struct *task;
+	unsigned int tried;		/* FAULT_FLAG_TRIED, or 0 */
+	unsigned int npages;		/* looked up, with a reference each */
+	struct page *pages[EXTLB_REQUEST_PAGES_MAX];
 };
 
 /* What a clear took away. */
@@ -295,6 +332,8 @@ int extlb_pt_prepare(struct extlb_ctx *ctx, unsigned long start,
 u64 *extlb_pt_leaf(struct extlb_ctx *ctx, unsigned long addr);
 void extlb_pt_set(struct extlb_ctx *ctx, u64 *leaf, unsigned long pfn,
 		  bool writable);
+int extlb_pt_install(struct extlb_ctx *ctx, unsigned long addr,
+		     unsigned long pfn, bool writable);
 void extlb_pt_clear(struct extlb_ctx *ctx, unsigned long start,
 		    unsigned long end, struct extlb_cleared *cleared);
 void extlb_pt_shoot_down(struct extlb_ctx *ctx, unsigned long start,
@@ -309,7 +348,14 @@ const struct extlb_follow_ops *extlb_follow_default(void);
 
 /* The ways to follow a process, each in a file of its own. */
 extern const struct extlb_follow_ops extlb_follow_pte;
+extern const struct extlb_follow_ops extlb_follow_mmu;
+extern const struct extlb_follow_ops extlb_follow_interval;
 extern const struct extlb_follow_ops extlb_follow_pinned;
+
+/* extlb_fill.c */
+int extlb_fill_check_range(struct extlb_range *range);
+int extlb_fill_run(struct extlb_fill *fill);
+void extlb_fill_stop(struct extlb_range *range);
 
 /* extlb_iq.c */
 u64 extlb_iq_post(struct extlb_dev *dev, const struct extlb_command *command,

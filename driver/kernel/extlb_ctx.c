@@ -38,6 +38,7 @@ static struct extlb_ctx *new_ctx(struct extlb_dev *dev)
 	mutex_init(&ctx->lock);
 	mutex_init(&ctx->stop_lock);
 	spin_lock_init(&ctx->pt_lock);
+	INIT_LIST_HEAD(&ctx->fills);
 	mt_init(&ctx->live);
 	xa_init_flags(&ctx->ranges, XA_FLAGS_ALLOC1);
 	spin_lock_init(&ctx->fault_lock);
@@ -152,7 +153,8 @@ static int check_create(const struct extlb_create *arg)
 
 	if (arg->reserved0 || arg->reserved1)
 		return -EINVAL;
-	if (arg->flags & ~(EXTLB_CREATE_FOLLOW_PTE | EXTLB_CREATE_FOLLOW_PINNED))
+	if (arg->flags & ~(EXTLB_CREATE_FOLLOW_PTE | EXTLB_CREATE_FOLLOW_PINNED |
+			   EXTLB_CREATE_FOLLOW_MMU | EXTLB_CREATE_FOLLOW_INTERVAL))
 		return -EINVAL;
 	if (hweight32(arg->flags) > 1)
 		return -EINVAL;
@@ -197,6 +199,11 @@ int extlb_ctx_create(struct extlb_ctx *ctx, struct extlb_create *arg)
 				   extlb_follow_default();
 	mmgrab(current->mm);
 	ctx->mm = current->mm;
+	if (ctx->follow->attach) {
+		ret = ctx->follow->attach(ctx);
+		if (ret)
+			goto drop_mm;
+	}
 	/* The device has not looked yet: the first doorbell must be rung. */
 	ctx->shadow->need_kick = 1;
 	write_entry(ctx, arg);
@@ -206,6 +213,10 @@ int extlb_ctx_create(struct extlb_ctx *ctx, struct extlb_create *arg)
 	arg->context = ctx->index;
 	return 0;
 
+drop_mm:
+	mmdrop(ctx->mm);
+	ctx->mm = NULL;
+	give_index(ctx);
 free:
 	free_pages_of(ctx);
 	extlb_pt_free(ctx);
@@ -219,7 +230,7 @@ free:
  * When it returns, no access of the device for this context is under way and
  * none will come, and its page table maps nothing. May be called again, and by
  * several at once: each returns when that is so. Must not take a lock that is
- * held while a pte notifier is unregistered.
+ * held while a notifier is unregistered.
  */
 void extlb_ctx_stop(struct extlb_ctx *ctx)
 {
@@ -258,6 +269,8 @@ void extlb_ctx_close(struct extlb_ctx *ctx)
 	if (ctx->state == EXTLB_CTX_LIVE) {
 		extlb_ctx_stop(ctx);
 		extlb_range_unregister_all(ctx);
+		if (ctx->follow->detach)
+			ctx->follow->detach(ctx);
 
 		/*
 		 * A stopped context sends no page requests, but some may be in

@@ -1,8 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * What the driver and the device have counted, in debugfs, and the negative
- * control: a switch that breaks the rule, so that the oracle can be seen to
- * notice.
+ * What the driver and the device have counted, in debugfs, and switches for
+ * tests:
+ *
+ *	ignore_notifier	breaks the rule, so that the oracle can be seen to notice
+ *	hold_fills	fills stop between looking pages up and mapping them
+ *			(extlb_fill.c), until it is 0 again: the time in which
+ *			the pages can be taken away is then as long as a test
+ *			needs. held_fills is how many have stopped there.
+ *	ignore_stale	breaks the rule, too: fills map what they have looked up
+ *			though it may have been taken away since
  */
 #include <linux/debugfs.h>
 #include <linux/io-64-nonatomic-lo-hi.h>
@@ -168,7 +175,7 @@ static int contexts_show(struct seq_file *m, void *v)
 		ctx = extlb_ctx_get(dev, i);
 		if (!ctx)
 			continue;
-		seq_printf(m, "%u: %s%s, error %u, mapped %lld, pinned %lld, filled %lld, page requests %lld, refused %lld, shootdowns %lld of %lld pages\n",
+		seq_printf(m, "%u: %s%s, error %u, mapped %lld, pinned %lld, filled %lld, page requests %lld, refused %lld, shootdowns %lld of %lld pages, callbacks %lld, retried fills %lld\n",
 			   i, ctx->follow->name,
 			   READ_ONCE(ctx->closing) ? ", stopped" : "",
 			   READ_ONCE(ctx->error),
@@ -178,7 +185,9 @@ static int contexts_show(struct seq_file *m, void *v)
 			   atomic64_read(&ctx->page_requests),
 			   atomic64_read(&ctx->refused_requests),
 			   atomic64_read(&ctx->shootdowns),
-			   atomic64_read(&ctx->shot_pages));
+			   atomic64_read(&ctx->shot_pages),
+			   atomic64_read(&ctx->callbacks),
+			   atomic64_read(&ctx->retried_fills));
 		extlb_ctx_put(ctx);
 	}
 	return 0;
@@ -238,6 +247,9 @@ void extlb_debugfs_add(struct extlb_dev *dev)
 			    &shootdown_latency_fops);
 	debugfs_create_file("contexts", 0400, dir, dev, &contexts_fops);
 	debugfs_create_file("ignore_notifier", 0600, dir, dev, &ignore_fops);
+	debugfs_create_bool("ignore_stale", 0600, dir, &dev->ignore_stale);
+	debugfs_create_u32("hold_fills", 0600, dir, &dev->hold_fills);
+	debugfs_create_atomic_t("held_fills", 0400, dir, &dev->held_fills);
 }
 
 /* Waits for readers. */

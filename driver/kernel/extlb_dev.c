@@ -59,10 +59,8 @@ static int get_stats(struct extlb_ctx *ctx, struct extlb_stats *arg)
 	struct extlb_dev *dev = ctx->dev;
 	int i;
 
-	for (i = 0; i < ARRAY_SIZE(arg->reserved); i++) {
-		if (arg->reserved[i])
-			return -EINVAL;
-	}
+	if (arg->reserved)
+		return -EINVAL;
 	*arg = (struct extlb_stats) {
 		.shootdowns = atomic64_read(&ctx->shootdowns),
 		.shot_pages = atomic64_read(&ctx->shot_pages),
@@ -77,6 +75,8 @@ static int get_stats(struct extlb_ctx *ctx, struct extlb_stats *arg)
 		.oracle_checks = extlb_read_counter(dev, EXTLB_REG_ORACLE_CHECKS),
 		.oracle_suspects = extlb_read_counter(dev, EXTLB_REG_ORACLE_SUSPECTS),
 		.oracle_stale = extlb_read_counter(dev, EXTLB_REG_ORACLE_STALE),
+		.callbacks = atomic64_read(&ctx->callbacks),
+		.retried_fills = atomic64_read(&ctx->retried_fills),
 	};
 	for (i = 0; i < EXTLB_HISTOGRAM_BUCKETS; i++)
 		arg->shootdown_ns[i] = atomic64_read(&ctx->shootdown_ns.buckets[i]);

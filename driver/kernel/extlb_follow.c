@@ -10,18 +10,22 @@
 
 #include "extlb.h"
 
-/* The first is the default. */
 static const struct extlb_follow_ops * const ways[] = {
 #if IS_ENABLED(CONFIG_PTE_NOTIFIERS)
 	&extlb_follow_pte,
 #endif
+#if IS_ENABLED(CONFIG_MMU_NOTIFIER)
+	&extlb_follow_mmu,
+	&extlb_follow_interval,
+#endif
 	&extlb_follow_pinned,
 };
 
-static char *follow;
+static char *follow = IS_ENABLED(CONFIG_PTE_NOTIFIERS) ? "pte" :
+		      IS_ENABLED(CONFIG_MMU_NOTIFIER) ? "mmu" : "pinned";
 module_param(follow, charp, 0444);
 MODULE_PARM_DESC(follow,
-		 "How the device follows the process unless the program says: pte (default; needs CONFIG_PTE_NOTIFIERS) or pinned");
+		 "How the device follows the process unless the program says: pte, mmu, interval or pinned (default: the first of them that this kernel has)");
 
 /* Flags that CREATE takes. */
 u32 extlb_follow_flags(void)
@@ -51,8 +55,6 @@ const struct extlb_follow_ops *extlb_follow_default(void)
 {
 	int i;
 
-	if (!follow)
-		return ways[0];
 	for (i = 0; i < ARRAY_SIZE(ways); i++) {
 		if (!strcmp(ways[i]->name, follow))
 			return ways[i];

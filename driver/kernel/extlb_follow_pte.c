@@ -50,6 +50,7 @@ static void extlb_clear(struct pte_notifier *pn, unsigned long start,
 {
 	struct extlb_range *range = to_range(pn);
 
+	atomic64_inc(&range->ctx->callbacks);
 	if (!ignored(range))
 		extlb_pt_shoot_down(range->ctx, start, end, false);
 }
@@ -108,37 +109,26 @@ static int extlb_install(struct pte_notifier *pn, unsigned long addr,
 	struct extlb_range *range = to_range(pn);
 	struct extlb_ctx *ctx = range->ctx;
 	bool again = false;
-	u64 *leaf, old;
+	int ret;
 
-retry:
-	spin_lock(&ctx->pt_lock);
-	if (ctx->closing || range->closing) {
+	for (;;) {
+		spin_lock(&ctx->pt_lock);
+		if (ctx->closing || range->closing)
+			ret = -ENXIO;
+		else
+			ret = extlb_pt_install(ctx, addr, pfn, writable);
 		spin_unlock(&ctx->pt_lock);
-		return -ENXIO;
-	}
-	leaf = extlb_pt_leaf(ctx, addr);
-	if (!leaf) {
-		spin_unlock(&ctx->pt_lock);
-		return -ESTALE;
-	}
-
-	old = READ_ONCE(*leaf);
-	if ((old & EXTLB_PTE_PRESENT) &&
-	    (old & EXTLB_PTE_ADDR_MASK) != PFN_PHYS(pfn)) {
-		/* clear() has not come yet for the page that was here. */
-		spin_unlock(&ctx->pt_lock);
-		/* The page table lock keeps out who might install another. */
+		if (ret != -EEXIST)
+			return ret;
+		/*
+		 * clear() has not come yet for the page that was here. The page
+		 * table lock keeps out who might install another.
+		 */
 		if (WARN_ON_ONCE(again))
 			return -EIO;
 		extlb_pt_shoot_down(ctx, addr, addr + PAGE_SIZE, false);
 		again = true;
-		goto retry;
 	}
-	if (!(old & EXTLB_PTE_PRESENT) ||
-	    (writable && !(old & EXTLB_PTE_WRITE)))
-		extlb_pt_set(ctx, leaf, pfn, writable);
-	spin_unlock(&ctx->pt_lock);
-	return 0;
 }
 
 static int extlb_pte_fill(struct extlb_range *range, unsigned long start,

@@ -172,6 +172,36 @@ void extlb_pt_set(struct extlb_ctx *ctx, u64 *leaf, unsigned long pfn,
 	atomic64_inc(&ctx->filled_pages);
 }
 
+/**
+ * extlb_pt_install() - map a page
+ * @ctx: the context
+ * @addr: where
+ * @pfn: the page
+ * @writable: the device may write, too
+ *
+ * Under pt_lock.
+ *
+ * Return: 0, -ESTALE if the table was pruned since it was prepared, or -EEXIST
+ * if the leaf maps another page: that has to be shot down before.
+ */
+int extlb_pt_install(struct extlb_ctx *ctx, unsigned long addr,
+		     unsigned long pfn, bool writable)
+{
+	u64 *leaf = extlb_pt_leaf(ctx, addr);
+	u64 old;
+
+	if (!leaf)
+		return -ESTALE;
+	old = READ_ONCE(*leaf);
+	if ((old & EXTLB_PTE_PRESENT) &&
+	    (old & EXTLB_PTE_ADDR_MASK) != PFN_PHYS(pfn))
+		return -EEXIST;
+	if (!(old & EXTLB_PTE_PRESENT) ||
+	    (writable && !(old & EXTLB_PTE_WRITE)))
+		extlb_pt_set(ctx, leaf, pfn, writable);
+	return 0;
+}
+
 static void clear_level(u64 *table, int level, unsigned long start,
 			unsigned long end, struct extlb_cleared *cleared)
 {

@@ -34,6 +34,10 @@
 #define EXTLB_CREATE_FOLLOW_PTE 1
 /* Pin registered pages (FOLL_LONGTERM), as drivers without notifiers must. */
 #define EXTLB_CREATE_FOLLOW_PINNED 2
+/* Follow the process with an mmu notifier: told whenever the kernel flushes its TLBs. */
+#define EXTLB_CREATE_FOLLOW_MMU 4
+/* Follow the process with mmu interval notifiers: told before the kernel changes ptes. */
+#define EXTLB_CREATE_FOLLOW_INTERVAL 8
 
 /* Operations. */
 /* Does nothing, and completes. */
@@ -337,8 +341,12 @@ struct extlb_stats {
 	__u64 oracle_suspects;
 	/* Device: stale accesses. */
 	__u64 oracle_stale;
+	/* Calls of the memory manager, whether or not the device had something there. */
+	__u64 callbacks;
+	/* Times that pages were looked up for the device and changed before it had them. */
+	__u64 retried_fills;
 	/* Zero. */
-	__u64 reserved[3];
+	__u64 reserved;
 	/*
 	 * Latency of shootdowns in ns, from the call to the acknowledgement; for the buckets
 	 * see the histogram's definition.

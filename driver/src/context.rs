@@ -22,6 +22,11 @@ bitflags! {
         const PTE = create::FOLLOW_PTE;
         /// Registered pages are pinned, as drivers without notifiers must.
         const PINNED = create::FOLLOW_PINNED;
+        /// Pages follow the process by an mmu notifier, which needs no patch of the kernel; nothing
+        /// is locked.
+        const MMU = create::FOLLOW_MMU;
+        /// Likewise, by mmu interval notifiers.
+        const INTERVAL = create::FOLLOW_INTERVAL;
     }
 }
 

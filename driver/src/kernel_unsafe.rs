@@ -105,6 +105,7 @@ fn call<T>(
         match unsafe { function(file.as_raw_fd(), argument) } {
             Ok(_) => return Ok(()),
             Err(Errno::EINTR) => {}
+            Err(Errno::EOPNOTSUPP) => return Err(Error::Unsupported(what.name)),
             Err(errno @ (Errno::ENODEV | Errno::EIO)) => return Err(Error::Dead { errno }),
             Err(errno) => {
                 return Err(Error::Call {

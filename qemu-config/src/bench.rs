@@ -1,5 +1,7 @@
 //! `extlb bench`: figures to compare, all from one run.
 
+mod notifiers;
+
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::{self, Write};
@@ -29,6 +31,8 @@ const EDU: &str = "0x11e8";
 pub enum Subject {
     /// The ways to the device: the same small operations, copies and registrations over each
     Backings(Arguments),
+    /// The ways to follow a process: the same changes of its memory by each, and with no device
+    Notifiers(notifiers::Arguments),
 }
 
 /// Options of a comparison.
@@ -85,14 +89,22 @@ struct Report {
 
 /// Does it; returns the exit code.
 pub fn run(options: &Options, subject: &Subject) -> Result<i32> {
-    let Subject::Backings(arguments) = subject;
+    let arguments = match subject {
+        Subject::Backings(arguments) => arguments,
+        Subject::Notifiers(arguments) => return notifiers::run(options, arguments),
+    };
     let report = backings(options, arguments.time)?;
     print!("{}", table(&report));
-    if let Some(path) = &arguments.json {
-        let text = serde_json::to_vec_pretty(&report)?;
-        std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
-    }
+    write_json(arguments.json.as_deref(), &report)?;
     Ok(0)
+}
+
+fn write_json(path: Option<&Path>, report: &impl Serialize) -> Result<()> {
+    let Some(path) = path else {
+        return Ok(());
+    };
+    let text = serde_json::to_vec_pretty(report)?;
+    std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
 }
 
 fn backings(options: &Options, time: u64) -> Result<Report> {
@@ -235,12 +247,22 @@ fn in_guest<const N: usize>(
     name: &str,
     script: &str,
 ) -> Result<[Figures; N]> {
+    let add = vec![Addition {
+        host: program.to_owned(),
+        guest: PROGRAM.into(),
+    }];
+    let text = said_in_guest(rig, add, name, script)?;
+    let all: Vec<Figures> = text.lines().map(figures).collect::<Result<_>>()?;
+    let found = all.len();
+    all.try_into()
+        .map_err(|_| anyhow::anyhow!("{N} lines of figures were expected, {found} came"))
+}
+
+/// Runs a script in a guest, which has to succeed; what it printed.
+fn said_in_guest(rig: &Rig, add: Vec<Addition>, name: &str, script: &str) -> Result<String> {
     let step = Step::begin(format!("timing the device in a guest with {name}"));
     let request = Request {
-        add: vec![Addition {
-            host: program.to_owned(),
-            guest: PROGRAM.into(),
-        }],
+        add,
         ..Request::new(["sh", "-c", script])
     };
     let kept = Kept::default();
@@ -258,11 +280,7 @@ fn in_guest<const N: usize>(
     }
     step.done();
     let text = kept.0.lock().unwrap_or_else(PoisonError::into_inner);
-    let text = String::from_utf8_lossy(&text);
-    let all: Vec<Figures> = text.lines().map(figures).collect::<Result<_>>()?;
-    let found = all.len();
-    all.try_into()
-        .map_err(|_| anyhow::anyhow!("{N} lines of figures were expected, {found} came"))
+    Ok(String::from_utf8_lossy(&text).into_owned())
 }
 
 /// The table: a line for each workload, a column for each way; the first column in its unit, the

@@ -27,7 +27,8 @@ pub struct Options {
     #[arg(long, global = true, value_name = "PATH")]
     pub qemu: Option<PathBuf>,
     /// Boot this kernel: a bzImage with extlb.ko beside it, or a built kernel tree; or `stock`:
-    /// Debian's own, unpatched, for drivers in user space
+    /// Debian's own, unpatched, for drivers in user space and for ways to follow a process that need
+    /// no patch (--bind extlb)
     #[arg(long, global = true, value_name = "PATH|stock", value_parser = GivenKernel::parse)]
     pub kernel: Option<GivenKernel>,
     /// Which kernel to build and boot
@@ -36,12 +37,17 @@ pub struct Options {
     /// What runs the guest
     #[arg(long, global = true, value_enum, default_value_t)]
     pub accel: Wish,
-    /// The guest's IOMMU [default: intel with the stock kernel, else none]
+    /// The guest's IOMMU [default: intel with the stock kernel and vfio-pci, else none]
     #[arg(long, global = true, value_enum)]
     pub iommu: Option<Iommu>,
-    /// Which driver gets the device [default: vfio-pci with the stock kernel, else its own]
+    /// Which driver gets the device [default: vfio-pci with the stock kernel, else extlb]
     #[arg(long, global = true, value_enum)]
     pub bind: Option<Bind>,
+    /// How the device follows a process, with its own driver: by pte notifiers (the patched kernel
+    /// only), by an mmu notifier, by mmu interval notifiers, or by pinning memory [default: pte,
+    /// with the stock kernel mmu]
+    #[arg(long, global = true, value_enum)]
+    pub follow: Option<Follow>,
     /// Leave QEMU's monitor (QMP) at this socket. The device is `extlb` in the port `port1` (QEMU
     /// up to 11.1 aborts when a vfio-user device with MSI-X is unplugged)
     #[arg(long, global = true, value_name = "SOCKET")]
@@ -86,8 +92,35 @@ impl GivenKernel {
 pub enum Bind {
     /// The one that hands it to programs.
     VfioPci,
-    /// Its own, if the guest has that; else none.
+    /// Its own.
+    Extlb,
+    /// None: with the patched kernel its own takes it.
     None,
+}
+
+/// How the device's own driver follows a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Follow {
+    /// Pte notifiers.
+    Pte,
+    /// An mmu notifier.
+    Mmu,
+    /// Mmu interval notifiers.
+    Interval,
+    /// Pinned memory: it does not follow.
+    Pinned,
+}
+
+impl Follow {
+    /// As the driver's parameter has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Pte => "pte",
+            Self::Mmu => "mmu",
+            Self::Interval => "interval",
+            Self::Pinned => "pinned",
+        }
+    }
 }
 
 impl Options {
@@ -95,14 +128,28 @@ impl Options {
         self.kernel == Some(GivenKernel::Stock)
     }
 
-    /// The guest's IOMMU.
+    /// The guest's IOMMU. The device's own driver works without one.
     pub fn iommu(&self) -> Iommu {
-        let usual = if self.is_stock() {
+        let usual = if self.is_stock() && self.bind() == Bind::VfioPci {
             Iommu::Intel
         } else {
             Iommu::None
         };
         self.iommu.unwrap_or(usual)
+    }
+
+    /// Whether the driver is there that `--follow` is for, and can.
+    fn check_follow(&self) -> Result<()> {
+        match self.follow {
+            None => Ok(()),
+            Some(_) if self.no_device || self.bind() == Bind::VfioPci => {
+                bail!("--follow is for the device's own driver, see --bind extlb")
+            }
+            Some(Follow::Pte) if self.is_stock() => {
+                bail!("--follow pte needs the patched kernel; mmu, interval and pinned do not")
+            }
+            Some(_) => Ok(()),
+        }
     }
 
     /// The driver that gets the device.
@@ -177,6 +224,7 @@ impl Rig {
     /// # Errors
     /// When something is missing and cannot be made; the text says what to do.
     pub fn prepare(options: &Options) -> Result<Self> {
+        options.check_follow()?;
         let cache = Cache::open()?;
         let binary = cargo::rig_binary(&cache)?;
         let mut toolboxes = vec![&toolbox::TOOLS];
@@ -200,7 +248,13 @@ impl Rig {
         let (kernel, driver) = match &options.kernel {
             Some(GivenKernel::Stock) => {
                 let stock = stock.insert(kernel::stock::get(&cache)?);
-                (stock.image.clone(), None)
+                let driver = match options.bind() {
+                    Bind::Extlb if !options.no_device => {
+                        Some(kernel::driver_for_stock(&cache, &binary, stock)?)
+                    }
+                    _ => None,
+                };
+                (stock.image.clone(), driver)
             }
             Some(GivenKernel::At(path)) => {
                 kernel::given(&cache, &binary, path, !options.no_device)?
@@ -323,7 +377,7 @@ impl Rig {
         let mut setup = guest.setup.clone();
         setup.bind = match self.options.bind() {
             Bind::VfioPci => Some("vfio-pci".to_owned()),
-            Bind::None => None,
+            Bind::Extlb | Bind::None => None,
         };
         setup.expect_device = device.is_some() && self.driver.is_some() && setup.bind.is_none();
         let mut vm = Vm::start(Start {
@@ -404,6 +458,9 @@ impl Rig {
             Iommu::Intel => words.push("intel_iommu=on".to_owned()),
             // It does not remap interrupts, and a guest's device is no danger to anybody else.
             Iommu::Virtio => words.push("vfio_iommu_type1.allow_unsafe_interrupts=1".to_owned()),
+        }
+        if let Some(follow) = self.options.follow {
+            words.push(format!("extlb.follow={}", follow.name()));
         }
         words.push(append.to_owned());
         words.join(" ")

@@ -35,8 +35,10 @@ fn suite(rig: &[&str], way: &str, unsupported: &[&str]) {
 }
 
 /// What a driver in user space cannot do.
-const BY_VFIO: [&str; 3] = [
+const BY_VFIO: [&str; 5] = [
     "pages follow the process",
+    "pages follow by an mmu notifier",
+    "pages follow by interval notifiers",
     "one context registers memory twice",
     "translations agree with the process",
 ];

@@ -89,6 +89,10 @@ bits! {
         FOLLOW_PTE = 1 << 0,
         /// Pin registered pages (FOLL_LONGTERM), as drivers without notifiers must.
         FOLLOW_PINNED = 1 << 1,
+        /// Follow the process with an mmu notifier: told whenever the kernel flushes its TLBs.
+        FOLLOW_MMU = 1 << 2,
+        /// Follow the process with mmu interval notifiers: told before the kernel changes ptes.
+        FOLLOW_INTERVAL = 1 << 3,
     }
 }
 
@@ -166,8 +170,12 @@ layout! {
         oracle_suspects: u64 = 88,
         /// Device: stale accesses.
         oracle_stale: u64 = 96,
+        /// Calls of the memory manager, whether or not the device had something there.
+        callbacks: u64 = 104,
+        /// Times that pages were looked up for the device and changed before it had them.
+        retried_fills: u64 = 112,
         /// Zero.
-        reserved: [u64; 3] = 104,
+        reserved: u64 = 120,
         /// Latency of shootdowns in ns, from the call to the acknowledgement; for the buckets
         /// see the histogram's definition.
         shootdown_ns: [u64; 320] = 128,

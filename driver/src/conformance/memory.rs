@@ -24,6 +24,12 @@ pub(super) fn checks<B: Backing>() -> Vec<(&'static str, Function<B>)> {
         ("pages follow the process", |suite| {
             follow(suite, Follow::PTE)
         }),
+        ("pages follow by an mmu notifier", |suite| {
+            follow(suite, Follow::MMU)
+        }),
+        ("pages follow by interval notifiers", |suite| {
+            follow(suite, Follow::INTERVAL)
+        }),
         ("pages are pinned", |suite| follow(suite, Follow::PINNED)),
         ("one context registers memory twice", twice),
     ]

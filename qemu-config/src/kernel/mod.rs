@@ -99,7 +99,7 @@ pub fn get(cache: &Cache, rig: &Path, flavour: Flavour, with_driver: bool) -> Re
         }
     }
     let driver = match with_driver {
-        true => Some(driver_for(cache, rig, &toolbox, &tree, &key)?),
+        true => Some(driver_for(cache, rig, &toolbox, &tree, &[], &key)?),
         false => None,
     };
     Ok((tree.join("bzImage"), driver))
@@ -140,7 +140,7 @@ pub fn given(cache: &Cache, rig: &Path, path: &Path, with_driver: bool) -> Resul
             .with_file(&path.join("Module.symvers"))?
             .with_file(&path.join(".config"))?
             .finish();
-        let driver = driver_for(cache, rig, &toolbox, &path, &key)?;
+        let driver = driver_for(cache, rig, &toolbox, &path, &[], &key)?;
         return Ok((image, Some(driver)));
     }
     if !with_driver {
@@ -155,6 +155,28 @@ pub fn given(cache: &Cache, rig: &Path, path: &Path, with_driver: bool) -> Resul
         );
     }
     Ok((path, Some(driver)))
+}
+
+/// The driver for Debian's own kernel, without what only the patched one has.
+pub fn driver_for_stock(cache: &Cache, rig: &Path, stock: &stock::Stock) -> Result<PathBuf> {
+    let headers = stock.headers(cache)?;
+    let toolbox = Toolbox::get(cache, &BUILD)?;
+    // No descriptions of types for tracers: they would need a program more.
+    let arguments = [
+        "-C",
+        &headers.folder,
+        "-f",
+        &headers.makefile,
+        "CONFIG_DEBUG_INFO_BTF_MODULES=",
+    ];
+    driver_for(
+        cache,
+        rig,
+        &toolbox,
+        &headers.root,
+        &arguments,
+        &headers.key,
+    )
 }
 
 /// The archive of the kernel's source in its toolbox.
@@ -338,12 +360,14 @@ fn remove_empty(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The driver built against `tree`, from the cache if nothing has changed.
+/// The driver built against `tree`, from the cache if nothing has changed. `arguments` are for
+/// `make`, if the top of the tree is not where it runs.
 fn driver_for(
     cache: &Cache,
     rig: &Path,
     toolbox: &Toolbox,
     tree: &Path,
+    arguments: &[&str],
     kernel_key: &str,
 ) -> Result<PathBuf> {
     let source = paths::repo().join("driver/kernel");
@@ -374,6 +398,7 @@ fn driver_for(
     let log = cache.path("log/driver.log")?;
     let mut command = maker.make(tree, &[&work]);
     command
+        .args(arguments)
         .arg(format!("M={}", maker.path_of(&work, 0)))
         .arg("modules");
     child::run(&mut command, &log, &mut step, String::new).context("cannot build the driver")?;

@@ -13,7 +13,7 @@ use goblin::elf::Elf;
 use serde::{Deserialize, Serialize};
 
 use crate::paths::{Cache, Key, files_under, remove_tree};
-use crate::toolbox::{STOCK, Toolbox, publish};
+use crate::toolbox::{Recipe, STOCK, Toolbox, publish};
 
 /// Raised when what is kept changes.
 const LAYOUT: &str = "1";
@@ -43,6 +43,22 @@ pub struct Stock {
     pub release: String,
     /// The modules, each after those that it depends on.
     pub modules: Vec<Module>,
+    /// Where it is unpacked.
+    toolbox: PathBuf,
+}
+
+/// What modules are built against: the configuration and what was made from it in one folder, the
+/// headers that all configurations share in another.
+#[derive(Clone, Debug)]
+pub struct Headers {
+    /// Key of the packages.
+    pub key: String,
+    /// Where they are unpacked.
+    pub root: PathBuf,
+    /// Where `make` has to run, from there.
+    pub folder: String,
+    /// The makefile, from that folder. The one in the folder itself names it by an absolute path.
+    pub makefile: String,
 }
 
 /// An unpacked module.
@@ -84,10 +100,37 @@ pub fn get(cache: &Cache) -> Result<Stock> {
         image,
         release,
         modules,
+        toolbox: toolbox.root,
     })
 }
 
 impl Stock {
+    /// What modules for it are built against; fetched if need be.
+    ///
+    /// # Errors
+    /// When the mirror has another release by now, among others.
+    pub fn headers(&self, cache: &Cache) -> Result<Headers> {
+        let release = &self.release;
+        let (version, _) = release
+            .split_once("-cloud")
+            .with_context(|| format!("{release:?} is not a release as Debian names them"))?;
+        let common = format!("linux-headers-{version}-common");
+        let own = format!("linux-headers-{release}");
+        let names = [own.as_str(), &common, &format!("linux-kbuild-{version}")];
+        let toolbox = Toolbox::get(cache, &Recipe::headers(&names)).with_context(|| {
+            format!(
+                "no headers for {release}: if the mirror has a newer kernel, remove {} to get that",
+                self.toolbox.display()
+            )
+        })?;
+        Ok(Headers {
+            key: toolbox.key,
+            root: toolbox.root,
+            folder: format!("usr/src/{own}"),
+            makefile: format!("../{common}/Makefile"),
+        })
+    }
+
     /// Modules by these names with all that they depend on, in the order of loading.
     pub fn modules_for(&self, names: &[&str]) -> Vec<&Module> {
         let mut needed: Vec<&str> = names.to_vec();
@@ -247,6 +290,7 @@ mod tests {
             image: PathBuf::new(),
             release: "6.12".into(),
             modules: modules.collect(),
+            toolbox: PathBuf::new(),
         }
     }
 

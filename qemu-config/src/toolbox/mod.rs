@@ -57,6 +57,19 @@ impl<'a> Recipe<'a> {
             links: &[],
         }
     }
+
+    /// What modules for Debian's own kernel are built against. The packages depend on a compiler,
+    /// which is in a toolbox of its own.
+    pub fn headers(packages: &'a [&'a str]) -> Self {
+        Self {
+            name: "headers",
+            what: "what Debian's kernel is built against",
+            packages,
+            backports: false,
+            dependencies: Dependencies::None,
+            links: &[],
+        }
+    }
 }
 
 /// What is fetched beside the packages that a recipe names.

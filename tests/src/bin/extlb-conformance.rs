@@ -10,7 +10,7 @@ use clap::{Parser, ValueEnum};
 use extlb_driver::conformance::{Abilities, Report, run};
 use extlb_driver::hardware::{VfioCdev, VfioGroup};
 use extlb_driver::userspace::{Config, Userspace};
-use extlb_driver::{Backing, Device, Kernel};
+use extlb_driver::{Backing, Device, Follow, Kernel};
 
 #[derive(Parser)]
 #[command(about)]
@@ -36,7 +36,18 @@ enum Way {
 fn main() -> Result<ExitCode> {
     let cli = Cli::parse();
     let report = match cli.backing {
-        Way::Kernel => over(Kernel::new(), "kernel", &Abilities::KERNEL, &cli)?,
+        Way::Kernel => {
+            // Which ways to follow a process there are depends on the kernel; the driver says it.
+            let flags = Kernel::new().info()?.create_flags;
+            // What is pinned stays what it is: there is nothing to compare.
+            let follow = std::fs::read_to_string("/sys/module/extlb/parameters/follow")?;
+            let abilities = Abilities {
+                audit: follow.trim() != "pinned",
+                follow: Follow::from_bits(flags).context("the driver has ways unknown here")?,
+                ..Abilities::KERNEL
+            };
+            over(Kernel::new(), "kernel", &abilities, &cli)?
+        }
         Way::VfioGroup => {
             let hardware = VfioGroup::open(&cli.device)?;
             let driver = Userspace::new(hardware, Config::default())?;

@@ -118,6 +118,14 @@ impl Area {
             .with_context(|| format!("MADV_DONTNEED of pages {pages:?}"))
     }
 
+    /// Has the pages reclaimed.
+    pub fn page_out(&self, pages: Range<usize>) -> Result<()> {
+        let (start, len) = self.at(&pages);
+        // SAFETY: pages of this area only, whose content stays.
+        unsafe { madvise(start, len, MmapAdvise::MADV_PAGEOUT) }
+            .with_context(|| format!("MADV_PAGEOUT of pages {pages:?}"))
+    }
+
     /// Lets children not have the area, so that a fork leaves its pages where they are.
     pub fn keep_from_children(&self) -> Result<()> {
         let (start, len) = self.at(&(0..self.pages));

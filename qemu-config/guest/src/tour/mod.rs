@@ -8,6 +8,7 @@ mod memory_pressure;
 mod memory_unsafe;
 mod mutator;
 mod negative_control;
+mod notifiers;
 mod pinned;
 mod procfs;
 mod random;
@@ -65,6 +66,12 @@ enum Other {
         #[arg(long)]
         seconds: Option<u64>,
     },
+    /// Measure what following a process costs, by each way; for `extlb bench notifiers`
+    #[command(hide = true)]
+    Notifiers {
+        /// MiB that change
+        mib: usize,
+    },
     /// Part of the step memory-pressure: pin memory, which must fail
     #[command(hide = true)]
     PinnedChild {
@@ -94,6 +101,7 @@ pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let outcome = match &arguments.command {
         Some(Other::Load { seconds }) => load::run(*seconds).map(|()| true),
+        Some(Other::Notifiers { mib }) => notifiers::run(*mib).map(|()| true),
         Some(Other::PinnedChild { mib }) => return pinned::child(*mib),
         Some(Other::VfioChild { mib }) => return vfio::child(*mib),
         None => tour(&arguments),

@@ -57,6 +57,8 @@ pub struct Mutator<'a> {
     shared: &'a Shared,
     random: Random,
     registrations: Vec<Registration<Kernel>>,
+    /// Unmapping ends a registration there.
+    unmapping_ends: bool,
     graveyard: Area,
     /// What was moved away: pages of the graveyard, with their checksum.
     graves: VecDeque<(Range<usize>, u64)>,
@@ -64,6 +66,13 @@ pub struct Mutator<'a> {
     written: u64,
     /// How often, and how long in all.
     pub counts: BTreeMap<&'static str, (u64, Duration)>,
+}
+
+/// Whether the way that the driver follows a process by ends a registration where memory is unmapped.
+fn unmapping_ends_registrations() -> Result<bool> {
+    const FOLLOW: &str = "/sys/module/extlb/parameters/follow";
+    let follow = std::fs::read_to_string(FOLLOW).context(FOLLOW)?;
+    Ok(!matches!(follow.trim(), "mmu" | "interval"))
 }
 
 impl<'a> Mutator<'a> {
@@ -80,6 +89,7 @@ impl<'a> Mutator<'a> {
             shared,
             random: Random::new(seed),
             registrations: vec![context.register_addresses(fire.addrs(&(0..fire.pages())))?],
+            unmapping_ends: unmapping_ends_registrations()?,
             graveyard: Area::reserve((GRAVES + 1) * MAX_PAGES)?,
             graves: VecDeque::new(),
             next_grave: 0,
@@ -137,8 +147,12 @@ impl<'a> Mutator<'a> {
         self.shared.check()
     }
 
-    /// What was unmapped is no longer registered; what is there now has to be registered anew.
+    /// What was unmapped is no longer registered; what is there now has to be registered anew. Unless
+    /// the driver does not hear of unmapping: then it is registered still.
     fn register(&mut self, pages: &Range<usize>) -> Result<()> {
+        if !self.unmapping_ends {
+            return Ok(());
+        }
         if self.registrations.len() < MAX_REGISTRATIONS {
             let range = self.fire.addrs(pages);
             let registration = self.context.register_addresses(range);

@@ -20,6 +20,7 @@ use std::process::ExitCode;
 use anyhow::{Result, ensure};
 use clap::Parser;
 
+use crate::rows::held::HELD;
 use crate::rows::{ROWS, Row};
 use crate::trial::{Mode, Skip, Trial};
 
@@ -32,6 +33,9 @@ struct Cli {
     /// Print the names of the rows, and whether an audit finds them broken.
     #[arg(long)]
     list: bool,
+    /// The rows of changes that come while the driver is about to map pages, instead of the others.
+    #[arg(long, conflicts_with = "expect_broken")]
+    held: bool,
     /// What another process does for a row: reclaim memory of a process, from an address to another.
     #[arg(long, hide = true, num_args = 3)]
     page_out: Vec<u64>,
@@ -45,8 +49,12 @@ struct Cli {
 
 fn main() -> Result<ExitCode> {
     let cli = Cli::parse();
+    let all = match cli.held {
+        true => HELD,
+        false => ROWS,
+    };
     if cli.list {
-        for row in ROWS {
+        for row in all {
             println!("{}\t{}", row.name, row.seen.reason().unwrap_or("audit"));
         }
         return Ok(ExitCode::SUCCESS);
@@ -60,11 +68,11 @@ fn main() -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     for name in &cli.only {
-        let known = ROWS.iter().any(|row| row.name == name);
+        let known = all.iter().any(|row| row.name == name);
         ensure!(known, "no row is called {name:?}");
     }
     let chosen = |row: &&Row| cli.only.is_empty() || cli.only.iter().any(|name| name == row.name);
-    let rows: Vec<&Row> = ROWS.iter().filter(chosen).collect();
+    let rows: Vec<&Row> = all.iter().filter(chosen).collect();
     let mode = match cli.expect_broken {
         true => Mode::Broken,
         false => Mode::Sound,
@@ -82,7 +90,8 @@ fn main() -> Result<ExitCode> {
 fn report(number: u32, row: &Row, mode: Mode) -> bool {
     let outcome = Trial::new(mode).and_then(|mut trial| {
         (row.run)(&mut trial)?;
-        trial.finish(row.seen)
+        let seen = row.seen_by(trial.way);
+        trial.finish(seen)
     });
     let name = row.name;
     match outcome {

@@ -4,11 +4,13 @@ use std::fs;
 use std::ops::Range;
 
 use anyhow::{Context as _, Result, bail, ensure};
+use extlb_driver::spec::uapi::{Audit, Stats};
 use extlb_driver::spec::work::{Descriptor, Opcode, Status};
 use extlb_driver::{Context, Device, Iova, Kernel, Options, Pending, Raw, Registration};
 
 use crate::area_unsafe::{Area, PAGE, submit};
 
+const FOLLOW: &str = "/sys/module/extlb/parameters/follow";
 const IGNORE: &str = "/sys/kernel/debug/extlb/extlb0/ignore_notifier";
 /// What the device reads goes here, a page at a time.
 const SINK_PAGES: usize = 1;
@@ -80,9 +82,31 @@ pub fn pattern(addr: u64) -> u64 {
     0xd0d0_0000_0000_0000 | (addr / PAGE as u64)
 }
 
+/// How the driver follows a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    Pte,
+    Mmu,
+    Interval,
+}
+
+impl Way {
+    fn of_driver() -> Result<Self> {
+        let name = fs::read_to_string(FOLLOW).context(FOLLOW)?;
+        Ok(match name.trim() {
+            "pte" => Self::Pte,
+            "mmu" => Self::Mmu,
+            "interval" => Self::Interval,
+            other => bail!("pages do not follow the process: follow={other}"),
+        })
+    }
+}
+
 /// A context of its own, and what was found so far.
 pub struct Trial {
     mode: Mode,
+    /// How the driver follows this process.
+    pub way: Way,
     sink: Area,
     context: Context<Kernel>,
     registrations: Vec<Registration<Kernel>>,
@@ -110,6 +134,7 @@ impl Trial {
         let kept = context.register_addresses(sink.addrs(0..SINK_PAGES))?;
         let trial = Self {
             mode,
+            way: Way::of_driver()?,
             sink,
             context,
             registrations: vec![kept],
@@ -277,6 +302,11 @@ impl Trial {
 
     /// What the device reads from a page, or that it faults.
     pub fn read(&self, page: Range<Iova>) -> Result<Accessed> {
+        self.end(self.begin_read(page)?, Access::Read)
+    }
+
+    /// The device begins to read a page.
+    pub fn begin_read(&self, page: Range<Iova>) -> Result<Pending<Kernel, Raw, ()>> {
         assert_eq!(page.end.0 - page.start.0, PAGE as u64);
         let descriptor = Descriptor {
             opcode: Opcode::Copy as u8,
@@ -285,18 +315,12 @@ impl Trial {
             len: PAGE as u64,
             ..Descriptor::default()
         };
-        Ok(match self.carry_out(descriptor)? {
-            false => Accessed::Fault,
-            true => Accessed::Words((0..PAGE).step_by(8).map(|at| self.sink.load(at)).collect()),
-        })
+        submit(self.context.queue(), descriptor)
     }
 
     /// The device writes a word all over a range.
     pub fn write(&self, range: Range<Iova>, word: u64) -> Result<Accessed> {
-        Ok(match self.carry_out(fill(range, word))? {
-            false => Accessed::Fault,
-            true => Accessed::Words(Vec::new()),
-        })
+        self.end(self.begin_write(range, word)?, Access::Write)
     }
 
     /// The device begins to write a word all over a range.
@@ -353,19 +377,31 @@ impl Trial {
         Ok(())
     }
 
-    /// Whether it was done, and not refused.
-    fn carry_out(&self, descriptor: Descriptor) -> Result<bool> {
-        let pending = submit(self.context.queue(), descriptor)?;
+    /// What becomes of an access that was begun.
+    pub fn end(&self, pending: Pending<Kernel, Raw, ()>, access: Access) -> Result<Accessed> {
         let (completion, ()) = match pending.finish() {
             Ok(done) => done,
-            Err(extlb_driver::Error::Fault { .. }) => return Ok(false),
+            Err(extlb_driver::Error::Fault { .. }) => return Ok(Accessed::Fault),
             Err(error) => return Err(error.into()),
         };
         match completion.status {
-            s if s == Status::Success as u32 => Ok(true),
-            s if s == Status::PageFault as u32 => Ok(false),
+            s if s == Status::Success as u32 => Ok(Accessed::Words(match access {
+                Access::Read => (0..PAGE).step_by(8).map(|at| self.sink.load(at)).collect(),
+                Access::Write => Vec::new(),
+            })),
+            s if s == Status::PageFault as u32 => Ok(Accessed::Fault),
             other => bail!("the operation ended with status {other}"),
         }
+    }
+
+    /// The counters of the context.
+    pub fn stats(&self) -> Result<Stats> {
+        Ok(self.context.stats()?)
+    }
+
+    /// Lets the device compare all its translations with the page table.
+    pub fn audit(&self) -> Result<Audit> {
+        Ok(self.context.audit()?)
     }
 }
 

@@ -3,6 +3,7 @@
 mod aging;
 mod copies;
 mod files;
+pub mod held;
 mod huge;
 mod migrate;
 mod moves;
@@ -15,7 +16,7 @@ mod watch;
 
 use anyhow::Result;
 
-use crate::trial::{Seen, Trial};
+use crate::trial::{Seen, Trial, Way};
 
 /// A place, or several with one way to them, where ptes change.
 pub struct Row {
@@ -25,6 +26,18 @@ pub struct Row {
     pub seen: Seen,
     /// Tries it.
     pub run: fn(&mut Trial) -> Result<()>,
+}
+
+impl Row {
+    /// Interval notifiers do not tell of pages that only look older, and nothing has to be taken.
+    pub fn seen_by(&self, way: Way) -> Seen {
+        match self.seen {
+            Seen::ByCount(reason) if way == Way::Interval && reason == ONLY_OLDER => {
+                Seen::Never(reason)
+            }
+            seen => seen,
+        }
+    }
 }
 
 /// A row that an audit finds broken.
