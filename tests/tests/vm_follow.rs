@@ -29,7 +29,7 @@ fn suite() -> String {
     )
 }
 
-const UNDER_FIRE: &str = "extlb-tour --step unmap-under-fire --operations 800 || exit 1";
+const UNDER_FIRE: &str = "extlb-tour --step unmap-under-fire --operations 1500 || exit 1";
 
 /// The lines of a report that say that a row does not hold.
 fn failed(report: &str) -> Vec<&str> {

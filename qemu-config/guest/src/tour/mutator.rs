@@ -68,11 +68,21 @@ pub struct Mutator<'a> {
     pub counts: BTreeMap<&'static str, (u64, Duration)>,
 }
 
-/// Whether the way that the driver follows a process by ends a registration where memory is unmapped.
-fn unmapping_ends_registrations() -> Result<bool> {
+/// How the driver follows a process, as its parameter says it.
+fn follow() -> Result<String> {
     const FOLLOW: &str = "/sys/module/extlb/parameters/follow";
     let follow = std::fs::read_to_string(FOLLOW).context(FOLLOW)?;
-    Ok(!matches!(follow.trim(), "mmu" | "interval"))
+    Ok(follow.trim().to_owned())
+}
+
+/// Whether the way that the driver follows a process by ends a registration where memory is unmapped.
+fn unmapping_ends_registrations() -> Result<bool> {
+    Ok(!matches!(follow()?.as_str(), "mmu" | "interval"))
+}
+
+/// Whether the driver hears of changes anywhere in the process, by ranges wider than what changed.
+pub fn hears_of_everything() -> Result<bool> {
+    Ok(follow()? == "mmu")
 }
 
 impl<'a> Mutator<'a> {
