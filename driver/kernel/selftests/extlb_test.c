@@ -48,7 +48,7 @@ TEST_F(extlb, reserved_fields_must_be_zero)
 		.handle = self->data_handle,
 		.reserved0 = 1,
 	};
-	struct extlb_stats stats = { .reserved = { 0, 0, 1 } };
+	struct extlb_stats stats = { .reserved = 1 };
 	struct extlb_audit audit = { .reserved = { 1 } };
 
 	EXPECT_EQ(EINVAL, call(self->fd, EXTLB_IOC_INFO, &info));
