@@ -81,14 +81,15 @@ fn an_access_that_a_skipped_drain_left_under_way_is_a_bus_error_and_a_stale_acce
     assert_eq!(error["context"], 0);
     assert_eq!(error["iova"], format!("{BUFFER_AT:#x}"));
     assert_eq!(error["gpa"], format!("{BUFFER:#x}"));
-    let [stale] = events(&report, "stale_access")[..] else {
-        panic!("one stale access: {report:?}");
-    };
-    assert_eq!(stale["kind"], "OutlivedDrain");
-    assert_eq!(stale["iova"], format!("{BUFFER_AT:#x}"));
+    let stale = events(&report, "stale_access");
+    let buffer = format!("{BUFFER_AT:#x}");
+    let of_buffer = stale.iter().filter(|event| event["iova"] == buffer).count();
+    assert_eq!(of_buffer, 1, "one stale access to the buffer: {report:?}");
+    // A look at the ring may be under way, too: then the drain that was skipped was for that as well.
+    assert!(stale.iter().all(|event| event["kind"] == "OutlivedDrain"));
     let summary = report.last().expect("a summary");
     assert_eq!(summary["bus_errors"], 1);
-    assert_eq!(summary["oracle_stale"], 1);
+    assert_eq!(summary["oracle_stale"], stale.len());
 }
 
 #[test]
