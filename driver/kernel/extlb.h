@@ -260,17 +260,24 @@ struct extlb_range {
 	unsigned long npages;
 };
 
-/* Looking pages up for the device, see extlb_fill.c. */
-struct extlb_fill {
-	struct extlb_range *range;
-	unsigned long start, end;
-	bool write;
+struct extlb_fill;
 
+/* What differs between those who look pages up for the device. */
+struct extlb_fill_ops {
 	/* Makes the fill learn of notifications from now on; optional. */
 	void (*begin)(struct extlb_fill *fill);
 	/* Whether one has come. Under pt_lock. */
 	bool (*is_stale)(struct extlb_fill *fill);
-	bool stale;			/* for those two, under pt_lock */
+};
+
+/* Looking pages up for the device, see extlb_fill.c. */
+struct extlb_fill {
+	const struct extlb_fill_ops *ops;
+	struct extlb_range *range;
+	unsigned long start, end;
+	bool write;
+
+	bool stale;			/* for @ops, under pt_lock */
 	unsigned long seq;		/* likewise, of who began */
 
 	struct list_head node;		/* in extlb_ctx.fills */
@@ -354,7 +361,9 @@ extern const struct extlb_follow_ops extlb_follow_pinned;
 
 /* extlb_fill.c */
 int extlb_fill_check_range(struct extlb_range *range);
-int extlb_fill_run(struct extlb_fill *fill);
+int extlb_fill_run(struct extlb_range *range, unsigned long start,
+		   unsigned long end, bool write,
+		   const struct extlb_fill_ops *ops);
 void extlb_fill_stop(struct extlb_range *range);
 
 /* extlb_iq.c */

@@ -209,7 +209,7 @@ static int install(struct extlb_fill *fill)
 		/* A notification may come whenever the lock is free. */
 		if (is_over(fill))
 			ret = -ENXIO;
-		else if (fill->is_stale(fill) &&
+		else if (fill->ops->is_stale(fill) &&
 			 likely(!READ_ONCE(ctx->dev->ignore_stale)))
 			ret = -EAGAIN;
 		else
@@ -248,39 +248,52 @@ static void hold(struct extlb_fill *fill)
 
 /**
  * extlb_fill_run() - look pages up and map them for the device
- * @fill: with @range, @start, @end, @write and @is_stale set; rest zero
+ * @range: the registration
+ * @start: first address
+ * @end: end of the range
+ * @write: the device wants to write
+ * @ops: how it is known that a page was taken back meanwhile
  *
  * As extlb_follow_ops.fill().
  *
  * Return: 0, or why the page at @start is not mapped.
  */
-int extlb_fill_run(struct extlb_fill *fill)
+int extlb_fill_run(struct extlb_range *range, unsigned long start,
+		   unsigned long end, bool write,
+		   const struct extlb_fill_ops *ops)
 {
-	struct extlb_ctx *ctx = fill->range->ctx;
+	struct extlb_ctx *ctx = range->ctx;
+	struct extlb_fill fill = {
+		.ops = ops,
+		.range = range,
+		.start = start,
+		.end = end,
+		.write = write,
+		.task = current,
+	};
 	unsigned int i;
 	int ret;
 
-	ret = extlb_pt_prepare(ctx, fill->start, fill->end);
+	ret = extlb_pt_prepare(ctx, start, end);
 	if (ret)
 		return ret;
 
-	fill->task = current;
 	spin_lock(&ctx->pt_lock);
-	list_add(&fill->node, &ctx->fills);
+	list_add(&fill.node, &ctx->fills);
 	spin_unlock(&ctx->pt_lock);
 
-	if (fill->begin)
-		fill->begin(fill);
-	ret = collect(fill);
+	if (ops->begin)
+		ops->begin(&fill);
+	ret = collect(&fill);
 	if (!ret) {
-		hold(fill);
-		ret = install(fill);
+		hold(&fill);
+		ret = install(&fill);
 	}
-	for (i = 0; i < fill->npages; i++)
-		put_page(fill->pages[i]);
+	for (i = 0; i < fill.npages; i++)
+		put_page(fill.pages[i]);
 
 	spin_lock(&ctx->pt_lock);
-	list_del(&fill->node);
+	list_del(&fill.node);
 	spin_unlock(&ctx->pt_lock);
 	return ret;
 }

@@ -87,19 +87,16 @@ static bool is_stale(struct extlb_fill *fill)
 	return mmu_interval_read_retry(&fill->range->mni, fill->seq);
 }
 
+static const struct extlb_fill_ops extlb_interval_fill_ops = {
+	.begin = begin,
+	.is_stale = is_stale,
+};
+
 static int extlb_interval_fill(struct extlb_range *range, unsigned long start,
 			       unsigned long end, bool write)
 {
-	struct extlb_fill fill = {
-		.range = range,
-		.start = start,
-		.end = end,
-		.write = write,
-		.begin = begin,
-		.is_stale = is_stale,
-	};
-
-	return extlb_fill_run(&fill);
+	return extlb_fill_run(range, start, end, write,
+			      &extlb_interval_fill_ops);
 }
 
 const struct extlb_follow_ops extlb_follow_interval = {

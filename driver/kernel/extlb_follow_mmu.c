@@ -93,18 +93,15 @@ static bool is_stale(struct extlb_fill *fill)
 	return fill->stale;
 }
 
+static const struct extlb_fill_ops extlb_mmu_fill_ops = {
+	.is_stale = is_stale,
+};
+
 static int extlb_mmu_fill(struct extlb_range *range, unsigned long start,
 			  unsigned long end, bool write)
 {
-	struct extlb_fill fill = {
-		.range = range,
-		.start = start,
-		.end = end,
-		.write = write,
-		.is_stale = is_stale,
-	};
-
-	return extlb_fill_run(&fill);
+	return extlb_fill_run(range, start, end, write,
+			      &extlb_mmu_fill_ops);
 }
 
 const struct extlb_follow_ops extlb_follow_mmu = {

@@ -135,3 +135,41 @@ fn what_needs_the_patch_is_refused_without() {
     assert_eq!(got.status.code(), Some(69), "{}", transcript(&got));
     assert!(transcript(&got).contains("--bind extlb"));
 }
+
+/// The comparison runs, and shows that a way takes from the device what changes, and hardly more.
+#[test]
+fn what_each_way_takes_away_is_compared() {
+    let folder = tempfile::tempdir().unwrap();
+    let json = folder.path().join("figures.json");
+    let json = json.to_str().unwrap();
+    let got = output(RIG, &["bench", "notifiers", "--size", "32", "--json", json]).unwrap();
+    let said = transcript(&got);
+    assert_eq!(got.status.code(), Some(0), "{said}");
+    let figures: serde_json::Value = serde_json::from_slice(&std::fs::read(json).unwrap()).unwrap();
+    let ways = figures["ways"].as_array().unwrap();
+    let names: Vec<_> = ways
+        .iter()
+        .map(|way| way["way"].as_str().unwrap())
+        .collect();
+    assert_eq!(names, ["no device", "pte", "mmu", "interval", "pinned"]);
+    for way in &ways[1..4] {
+        let changes = way["changes"].as_array().unwrap();
+        let change = |name: &str| {
+            changes
+                .iter()
+                .find(|change| change["name"] == name)
+                .unwrap()
+        };
+        // 16 of 8192 pages at a time, 500 times; with 4096 pages beside them.
+        assert_eq!(change("parts")["shot"], 8000, "{way}");
+        assert_eq!(change("parts")["beyond"], 0, "{way}");
+        assert!(
+            change("reclaim")["shot"].as_u64().unwrap() >= 8192 * 9 / 10,
+            "{way}"
+        );
+        assert!(
+            change("parts, busy")["page_requests"].as_u64().unwrap() > 0,
+            "{way}"
+        );
+    }
+}

@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
-use serde::{Deserialize, Serialize};
+use extlb_guest_protocol::figures::{Change, Way};
+use serde::Serialize;
 
 use super::{aligned, said_in_guest, short, write_json};
 use crate::rig::{Options, Rig};
@@ -26,29 +27,6 @@ fn mebibytes(text: &str) -> Result<usize> {
         "a power of two from 32 to 256: the guest has 1 GiB"
     );
     Ok(size)
-}
-
-/// What one way took, as the guest's program says it.
-#[derive(Debug, Serialize, Deserialize)]
-struct Way {
-    way: String,
-    changes: Vec<Change>,
-}
-
-/// What a change took.
-#[derive(Debug, Serialize, Deserialize)]
-struct Change {
-    name: String,
-    ns: u64,
-    changed: u64,
-    callbacks: u64,
-    shot: u64,
-    beyond: u64,
-    shootdowns: u64,
-    p50_ns: u64,
-    p99_ns: u64,
-    retried: u64,
-    page_requests: u64,
 }
 
 /// All figures.

@@ -7,6 +7,8 @@
 //! read stops the agent's writes). Standard input is sent only against [`ToRig::StdinCredit`], so
 //! that a program that does not read its input does not block control messages behind it.
 
+pub mod figures;
+
 use std::io::{self, Read, Write};
 
 use serde::de::DeserializeOwned;

@@ -13,7 +13,7 @@ use extlb_driver::spec::histogram::{self, BUCKETS};
 use extlb_driver::spec::uapi::Stats;
 use extlb_driver::spec::work::{Descriptor, Opcode};
 use extlb_driver::{Context, Device, Follow, Iova, Kernel, Options, Registration};
-use serde::Serialize;
+use extlb_guest_protocol::figures::{Change, Way};
 
 use super::memory_unsafe::{Area, PAGE, in_child, submit};
 use super::procfs::vmstat;
@@ -36,32 +36,6 @@ const STRIDE: usize = 7919;
 const BUSY: usize = 2048;
 /// Bytes of an operation of the device.
 const CHUNK: usize = 1 << 20;
-
-/// What one way took.
-#[derive(Debug, Serialize)]
-struct Way {
-    way: &'static str,
-    changes: Vec<Change>,
-}
-
-/// What a change took.
-#[derive(Debug, Default, Serialize)]
-struct Change {
-    name: &'static str,
-    ns: u64,
-    /// Pages that lost a right, or went.
-    changed: u64,
-    callbacks: u64,
-    /// Pages taken from the device, and those of them that had not changed.
-    shot: u64,
-    beyond: u64,
-    shootdowns: u64,
-    p50_ns: u64,
-    p99_ns: u64,
-    /// Pages looked up for the device that had changed before it got them.
-    retried: u64,
-    page_requests: u64,
-}
 
 type Work = fn(&Scene) -> Result<u64>;
 
@@ -101,6 +75,7 @@ pub fn run(mib: usize) -> Result<()> {
                 .with_context(|| format!("{way}, {name}"))
         });
         let changes = changes.collect::<Result<_>>()?;
+        let way = way.to_owned();
         println!("{}", serde_json::to_string(&Way { way, changes })?);
     }
     Ok(())
@@ -127,7 +102,7 @@ fn measure(
     device: &Device<Kernel>,
     follow: Option<Follow>,
     pages: usize,
-    name: &'static str,
+    name: &str,
     work: Work,
 ) -> Result<Change> {
     let scene = Scene::new(device, follow, pages)?;
@@ -136,13 +111,13 @@ fn measure(
     let changed = work(&scene)?;
     let ns = begun.elapsed().as_nanos() as u64;
     let mut change = Change {
-        name,
+        name: name.to_owned(),
         ns,
         changed,
         ..Change::default()
     };
     if let (Some(before), Some(after)) = (before, scene.stats()?) {
-        change.take(&before, &after);
+        fill_in(&mut change, &before, &after);
         ensure!(after.oracle_stale == 0, "a stale access of the device");
         if change.name != "parts, busy" {
             change.beyond = change.shot.saturating_sub(changed);
@@ -151,27 +126,28 @@ fn measure(
     Ok(change)
 }
 
-impl Change {
-    fn take(&mut self, before: &Stats, after: &Stats) {
-        let counts: [u64; BUCKETS] =
-            std::array::from_fn(|i| after.shootdown_ns[i] - before.shootdown_ns[i]);
-        self.callbacks = after.callbacks - before.callbacks;
-        self.shot = after.shot_pages - before.shot_pages;
-        self.shootdowns = after.shootdowns - before.shootdowns;
-        self.p50_ns = histogram::percentile(&counts, 500);
-        self.p99_ns = histogram::percentile(&counts, 990);
-        self.retried = after.retried_fills - before.retried_fills;
-        self.page_requests = after.page_requests - before.page_requests;
-    }
+fn fill_in(change: &mut Change, before: &Stats, after: &Stats) {
+    let counts: [u64; BUCKETS] =
+        std::array::from_fn(|i| after.shootdown_ns[i] - before.shootdown_ns[i]);
+    change.callbacks = after.callbacks - before.callbacks;
+    change.shot = after.shot_pages - before.shot_pages;
+    change.shootdowns = after.shootdowns - before.shootdowns;
+    change.p50_ns = histogram::percentile(&counts, 500);
+    change.p99_ns = histogram::percentile(&counts, 990);
+    change.retried = after.retried_fills - before.retried_fills;
+    change.page_requests = after.page_requests - before.page_requests;
 }
 
 impl Scene {
     fn new(device: &Device<Kernel>, follow: Option<Follow>, pages: usize) -> Result<Self> {
         let (area, beside) = (Area::fresh(pages)?, Area::fresh(BESIDE)?);
-        for (area, pages) in [(&area, pages), (&beside, BESIDE)] {
-            (0..pages).for_each(|page| area.store(page * PAGE, page as u64 + 1));
-        }
+        // The same content with a device and without: swap stores it at a cost that depends on it.
+        let number = |area: &Area| {
+            (0..area.pages()).for_each(|page| area.store(page * PAGE, page as u64 + 1));
+        };
         let Some(follow) = follow else {
+            number(&area);
+            number(&beside);
             return Ok(Self {
                 area,
                 beside,
@@ -194,6 +170,8 @@ impl Scene {
                 write(&context, Iova(at), CHUNK.min((range.end.0 - at) as usize))?;
             }
         }
+        number(&area);
+        number(&beside);
         let mapped = context.stats()?.mapped_pages;
         ensure!(
             mapped >= (pages + BESIDE) as u64,
@@ -226,13 +204,12 @@ impl Drop for Scene {
     }
 }
 
-/// The device writes to a range, which succeeds.
+/// The device writes zeros to a range, which succeeds.
 fn write(context: &Context<Kernel>, start: Iova, len: usize) -> Result<()> {
     let descriptor = Descriptor {
         opcode: Opcode::Fill as u8,
         dst: start.0,
         len: len as u64,
-        arg: 0x5eed_0000_0000_0001,
         ..Descriptor::default()
     };
     let pending = submit(&context.queue().batch(), descriptor)?;

@@ -36,7 +36,7 @@ pub fn per_second<B: Backing>(context: &Context<B>) -> Result<f64> {
         if ended == DEPTH {
             // All pages have been used once: from here on it counts.
             begun = Instant::now();
-        } else if begun.elapsed() > HOW_LONG {
+        } else if ended > DEPTH && begun.elapsed() > HOW_LONG {
             return Ok((ended - DEPTH) as f64 / begun.elapsed().as_secs_f64());
         }
     }
