@@ -12,6 +12,7 @@
  */
 #include <linux/gfp.h>
 #include <linux/io.h>
+#include <linux/memcontrol.h>
 #include <linux/minmax.h>
 #include <linux/mm.h>
 #include <linux/sched.h>
@@ -50,10 +51,31 @@ static u64 *table_of(u64 entry)
 	return phys_to_virt(entry & EXTLB_PTE_ADDR_MASK);
 }
 
+/*
+ * Tables count as such: SecPageTables in /proc/meminfo, and sec_pagetables of
+ * the control group.
+ */
+static struct page *alloc_table(void)
+{
+	struct page *page = alloc_page(GFP_KERNEL_ACCOUNT | __GFP_ZERO);
+
+	if (page)
+		mod_lruvec_page_state(page, NR_SECONDARY_PAGETABLE, 1);
+	return page;
+}
+
+static void free_table(struct page *page)
+{
+	mod_lruvec_page_state(page, NR_SECONDARY_PAGETABLE, -1);
+	__free_page(page);
+}
+
 int extlb_pt_init(struct extlb_ctx *ctx)
 {
-	ctx->root = (u64 *)get_zeroed_page(GFP_KERNEL_ACCOUNT);
-	return ctx->root ? 0 : -ENOMEM;
+	struct page *page = alloc_table();
+
+	ctx->root = page ? page_address(page) : NULL;
+	return page ? 0 : -ENOMEM;
 }
 
 static void free_tables(u64 *table, int level)
@@ -64,7 +86,7 @@ static void free_tables(u64 *table, int level)
 		if (is_present(&table[i]))
 			free_tables(table_of(table[i]), level - 1);
 	}
-	free_page((unsigned long)table);
+	free_table(virt_to_page(table));
 }
 
 /* Frees all. The device must be silent for the context. */
@@ -128,14 +150,14 @@ int extlb_pt_prepare(struct extlb_ctx *ctx, unsigned long start,
 			spin_unlock(&ctx->pt_lock);
 			if (ret != -EAGAIN)
 				break;
-			spare = alloc_page(GFP_KERNEL_ACCOUNT | __GFP_ZERO);
+			spare = alloc_table();
 			if (!spare)
 				return -ENOMEM;
 		}
 		cond_resched();
 	}
 	if (spare)
-		__free_page(spare);
+		free_table(spare);
 	return ret;
 }
 
@@ -357,7 +379,7 @@ static void prune_step(struct extlb_ctx *ctx, unsigned long start,
 	/* Drained: no walk goes through them, no dirty bit will be set. */
 	extlb_iq_wait(ctx->dev, seq, true);
 	list_for_each_entry_safe(page, next, &unlinked, lru)
-		__free_page(page);
+		free_table(page);
 }
 
 /* Frees the tables of a range that are empty now. May sleep. */

@@ -19,12 +19,20 @@ const SLACK_OBJECTS: u64 = 150;
 /// The kernel's memory before the abuse.
 pub struct Health {
     available_kib: u64,
+    /// Page tables of devices.
+    tables_kib: u64,
     objects: BTreeMap<String, u64>,
 }
 
 fn references() -> Result<u64> {
     let text = fs::read_to_string("/sys/module/extlb/refcnt").context("the module's references")?;
     Ok(text.trim().parse()?)
+}
+
+/// Exactly: what processors have counted for themselves is added up before.
+fn tables_kib() -> Result<u64> {
+    fs::write("/proc/sys/vm/stat_refresh", "1").context("refresh the kernel's counters")?;
+    meminfo_kib("SecPageTables")
 }
 
 impl Health {
@@ -37,6 +45,7 @@ impl Health {
         drop_caches()?;
         Ok(Self {
             available_kib: meminfo_kib("MemAvailable")?,
+            tables_kib: tables_kib()?,
             objects: slab_objects()?,
         })
     }
@@ -46,6 +55,9 @@ impl Health {
     pub fn compare(self, count: u64) -> Result<Figures> {
         eventually("the driver has no context", || Ok(contexts()? == 0))?;
         eventually("nobody refers to the module", || Ok(references()? == 0))?;
+        eventually("the page tables of contexts are freed", || {
+            Ok(tables_kib()? == self.tables_kib)
+        })?;
         let allowed = SLACK_OBJECTS + count / 20;
         let mut grown = Vec::new();
         let mut lost = 0;
