@@ -136,18 +136,42 @@ struct extlb_dev {
 
 	struct mutex audit_lock;	/* of the audit's words in @shadow */
 	struct mutex oracle_lock;	/* of ORACLE_SELECT */
-	bool ignore_notifier;
+	u32 ignore_notifier;		/* an enum extlb_ignore */
 	bool ignore_stale;		/* fault injection, see extlb_debugfs.c */
 	u32 hold_fills;
 	atomic_t held_fills;
+#if IS_ENABLED(CONFIG_PTE_NOTIFIERS_DEBUG)
+	bool skip_wait;
+#endif
 	struct extlb_histogram shootdown_ns;
 	atomic64_t shootdowns;
+};
+
+/* What of the notifier is ignored, so that the oracle can be seen to notice. */
+enum extlb_ignore {
+	EXTLB_IGNORE_NOTHING,
+	EXTLB_IGNORE_ALL,
+	EXTLB_IGNORE_SYNC,		/* the end of what was begun */
 };
 
 enum extlb_ctx_state {
 	EXTLB_CTX_NEW,			/* open, no context yet */
 	EXTLB_CTX_LIVE,
 	EXTLB_CTX_CLOSED,
+};
+
+/* Addresses [start, end). */
+struct extlb_span {
+	unsigned long start, end;
+};
+
+#define EXTLB_BEGUN_SPANS	8
+
+/* Leaves that are clear, and of which the device was not told yet. */
+struct extlb_begun {
+	unsigned long pages;
+	unsigned int n;
+	struct extlb_span spans[EXTLB_BEGUN_SPANS];
 };
 
 struct extlb_ctx;
@@ -219,8 +243,12 @@ struct extlb_ctx {
 	spinlock_t pt_lock;
 	u64 *root;
 	bool closing;			/* no table and no leaf is added any more */
+	struct extlb_begun begun;
 	u64 inval_seq;			/* wait of the last invalidation posted */
 	struct list_head fills;		/* of extlb_fill.node */
+#if IS_ENABLED(CONFIG_PTE_NOTIFIERS_DEBUG)
+	struct list_head held;		/* cleared leaves, see extlb_debug.c */
+#endif
 
 	struct maple_tree live;		/* address -> range that covers it now */
 	struct xarray ranges;		/* handle -> range */
@@ -287,7 +315,7 @@ struct extlb_fill {
 	struct page *pages[EXTLB_REQUEST_PAGES_MAX];
 };
 
-/* What a clear took away. */
+/* What a clear took away, or made old. */
 struct extlb_cleared {
 	unsigned long start, end;	/* bounds of the leaves */
 	unsigned long pages;
@@ -304,6 +332,12 @@ static inline bool extlb_is_dead(struct extlb_dev *dev)
 {
 	/* Pairs with extlb_fence(): if so, it is silent already. */
 	return smp_load_acquire(&dev->dead);
+}
+
+/* The negative control: whether the device keeps what is taken from @ctx. */
+static inline bool extlb_ignores_all(struct extlb_ctx *ctx)
+{
+	return READ_ONCE(ctx->dev->ignore_notifier) == EXTLB_IGNORE_ALL;
 }
 
 /* extlb_dev.c */
@@ -337,16 +371,28 @@ void extlb_pt_free(struct extlb_ctx *ctx);
 int extlb_pt_prepare(struct extlb_ctx *ctx, unsigned long start,
 		     unsigned long end);
 u64 *extlb_pt_leaf(struct extlb_ctx *ctx, unsigned long addr);
-void extlb_pt_set(struct extlb_ctx *ctx, u64 *leaf, unsigned long pfn,
-		  bool writable);
+void extlb_pt_set(struct extlb_ctx *ctx, u64 *leaf, unsigned long addr,
+		  unsigned long pfn, bool writable);
 int extlb_pt_install(struct extlb_ctx *ctx, unsigned long addr,
 		     unsigned long pfn, bool writable);
 void extlb_pt_clear(struct extlb_ctx *ctx, unsigned long start,
 		    unsigned long end, struct extlb_cleared *cleared);
-void extlb_pt_shoot_down(struct extlb_ctx *ctx, unsigned long start,
-			 unsigned long end, bool may_sleep);
+bool extlb_pt_age(struct extlb_ctx *ctx, unsigned long start,
+		  unsigned long end, bool clear, struct extlb_cleared *aged);
 void extlb_pt_prune(struct extlb_ctx *ctx, unsigned long start,
 		    unsigned long end);
+
+/* extlb_shootdown.c */
+void extlb_post_invalidation(struct extlb_ctx *ctx, unsigned long start,
+			     unsigned long end);
+void extlb_shoot_down(struct extlb_ctx *ctx, unsigned long start,
+		      unsigned long end, bool may_sleep);
+void extlb_shoot_down_begin(struct extlb_ctx *ctx, unsigned long start,
+			    unsigned long end);
+void extlb_shoot_down_end(struct extlb_ctx *ctx);
+bool extlb_age(struct extlb_ctx *ctx, unsigned long start, unsigned long end,
+	       bool clear);
+bool extlb_is_begun(struct extlb_ctx *ctx, unsigned long addr);
 
 /* extlb_follow.c */
 u32 extlb_follow_flags(void);
@@ -367,8 +413,11 @@ int extlb_fill_run(struct extlb_range *range, unsigned long start,
 void extlb_fill_stop(struct extlb_range *range);
 
 /* extlb_iq.c */
-u64 extlb_iq_post(struct extlb_dev *dev, const struct extlb_command *command,
-		  bool ack);
+u64 extlb_iq_post(struct extlb_dev *dev, const struct extlb_command *commands,
+		  unsigned int count, bool ack);
+bool extlb_iq_try_post(struct extlb_dev *dev,
+		       const struct extlb_command *command);
+bool extlb_iq_acknowledged(struct extlb_dev *dev, u64 seq);
 void extlb_iq_wait(struct extlb_dev *dev, u64 seq, bool may_sleep);
 void extlb_kick(struct extlb_dev *dev, const u32 *need_kick);
 

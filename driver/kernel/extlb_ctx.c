@@ -18,6 +18,7 @@
 #include <linux/slab.h>
 
 #include "extlb.h"
+#include "extlb_debug.h"
 
 static bool oracle = true;
 module_param(oracle, bool, 0444);
@@ -39,6 +40,7 @@ static struct extlb_ctx *new_ctx(struct extlb_dev *dev)
 	mutex_init(&ctx->stop_lock);
 	spin_lock_init(&ctx->pt_lock);
 	INIT_LIST_HEAD(&ctx->fills);
+	extlb_debug_init(ctx);
 	mt_init(&ctx->live);
 	xa_init_flags(&ctx->ranges, XA_FLAGS_ALLOC1);
 	spin_lock_init(&ctx->fault_lock);
@@ -120,7 +122,7 @@ static void sync_entry(struct extlb_ctx *ctx)
 		.context = ctx->index,
 	};
 
-	extlb_iq_wait(ctx->dev, extlb_iq_post(ctx->dev, &command, true), true);
+	extlb_iq_wait(ctx->dev, extlb_iq_post(ctx->dev, &command, 1, true), true);
 }
 
 static void write_entry(struct extlb_ctx *ctx, const struct extlb_create *arg)
@@ -255,6 +257,8 @@ void extlb_ctx_stop(struct extlb_ctx *ctx)
 		 */
 		spin_lock(&ctx->pt_lock);
 		extlb_pt_clear(ctx, 0, EXTLB_IOVA_END, &cleared);
+		ctx->begun = (struct extlb_begun){};
+		extlb_debug_silent(ctx);
 		spin_unlock(&ctx->pt_lock);
 		ctx->stopped = true;
 	}

@@ -18,6 +18,7 @@
 #include <linux/seq_file.h>
 
 #include "extlb.h"
+#include "extlb_debug.h"
 
 static struct dentry *extlb_root;
 
@@ -214,7 +215,7 @@ static void take_all_pages_back(struct extlb_dev *dev)
 			continue;
 		mutex_lock(&ctx->lock);
 		if (ctx->state == EXTLB_CTX_LIVE && !ctx->follow->pins)
-			extlb_pt_shoot_down(ctx, 0, EXTLB_IOVA_END, true);
+			extlb_shoot_down(ctx, 0, EXTLB_IOVA_END, true);
 		mutex_unlock(&ctx->lock);
 		extlb_ctx_put(ctx);
 	}
@@ -224,7 +225,7 @@ static int ignore_set(void *data, u64 value)
 {
 	struct extlb_dev *dev = data;
 
-	if (value > 1)
+	if (value > EXTLB_IGNORE_SYNC)
 		return -EINVAL;
 	if (value)
 		dev_warn(&dev->pdev->dev,
@@ -250,6 +251,7 @@ void extlb_debugfs_add(struct extlb_dev *dev)
 	debugfs_create_bool("ignore_stale", 0600, dir, &dev->ignore_stale);
 	debugfs_create_u32("hold_fills", 0600, dir, &dev->hold_fills);
 	debugfs_create_atomic_t("held_fills", 0400, dir, &dev->held_fills);
+	extlb_debug_add_files(dev, dir);
 }
 
 /* Waits for readers. */

@@ -99,7 +99,7 @@ static int audit_once(struct extlb_ctx *ctx, bool final,
 	};
 
 	memset(shared, 0, sizeof(*shared));
-	extlb_iq_wait(dev, extlb_iq_post(dev, &command, true), true);
+	extlb_iq_wait(dev, extlb_iq_post(dev, &command, 1, true), true);
 	*result = *shared;
 	return result->done == 1 ? 0 : -EIO;
 }

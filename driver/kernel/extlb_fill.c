@@ -223,7 +223,7 @@ static int install(struct extlb_fill *fill)
 		if (ret != -EEXIST)
 			break;
 		spin_unlock(&ctx->pt_lock);
-		extlb_pt_shoot_down(ctx, addr, addr + PAGE_SIZE, true);
+		extlb_shoot_down(ctx, addr, addr + PAGE_SIZE, true);
 		spin_lock(&ctx->pt_lock);
 	}
 	spin_unlock(&ctx->pt_lock);

@@ -45,10 +45,10 @@ static bool extlb_interval_invalidate(struct mmu_interval_notifier *mni,
 	/* The process's page table goes next. */
 	if (event->event == MMU_NOTIFY_RELEASE)
 		extlb_ctx_stop(ctx);
-	else if (likely(!READ_ONCE(ctx->dev->ignore_notifier)))
-		extlb_pt_shoot_down(ctx, max(event->start, range->start),
-				    min(event->end, range->end),
-				    mmu_notifier_range_blockable(event));
+	else if (likely(!extlb_ignores_all(ctx)))
+		extlb_shoot_down(ctx, max(event->start, range->start),
+				 min(event->end, range->end),
+				 mmu_notifier_range_blockable(event));
 	return true;
 }
 

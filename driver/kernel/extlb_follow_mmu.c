@@ -61,8 +61,8 @@ static void extlb_mmu_invalidate(struct mmu_notifier *mn, struct mm_struct *mm,
 	end = PAGE_ALIGN(min(end, EXTLB_IOVA_END));
 	atomic64_inc(&ctx->callbacks);
 	make_stale(ctx, start, end);
-	if (likely(!READ_ONCE(ctx->dev->ignore_notifier)))
-		extlb_pt_shoot_down(ctx, start, end, false);
+	if (likely(!extlb_ignores_all(ctx)))
+		extlb_shoot_down(ctx, start, end, false);
 }
 
 /* The process's page table goes next; nobody calls for that. */

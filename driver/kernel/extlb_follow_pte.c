@@ -14,7 +14,7 @@
  *  3. After that, and before it frees the page, it calls clear(). That takes
  *     pt_lock, and so sees every leaf of 2's earlier fills; it clears them in
  *     RAM, has the device's TLB invalidated and its accesses drained, and waits
- *     for the acknowledgment. See extlb_pt_shoot_down().
+ *     for the acknowledgment. See extlb_shootdown.c.
  *  4. It returns, and the page may be freed. No leaf maps it, no TLB entry, no
  *     access under way; by 2 no leaf will.
  *
@@ -23,11 +23,19 @@
  * install() then does what the coming clear() would. The clear() takes away the
  * new leaf, too, for nothing: the device asks again.
  *
+ * When the memory manager unmaps many pages, 3 comes in two parts: clear_begin()
+ * for each page clears the leaf, and sync() waits for the device, once. 4 is
+ * after that, and until then the folio is locked: a fill for the address does
+ * not find another page. (If it finds the same one, because the unmap was given
+ * up, install() has the device lose what was begun first. So a leaf is set only
+ * where the device has nothing.)
+ *
  * The order of a registration's end is the reverse of its life: install()
  * refuses (range->closing), leaves cleared and drained, unregistered. A clear()
  * that is missing after that has nothing to miss.
  */
 #include <linux/mm.h>
+#include <linux/moduleparam.h>
 
 #include "extlb.h"
 
@@ -38,11 +46,15 @@ static struct extlb_range *to_range(struct pte_notifier *pn)
 	return container_of(pn, struct extlb_range, pn);
 }
 
-/* The negative control: see extlb_debugfs.c. */
-static bool ignored(struct extlb_range *range)
-{
-	return unlikely(READ_ONCE(range->ctx->dev->ignore_notifier));
-}
+static bool batch = true;
+module_param(batch, bool, 0644);
+MODULE_PARM_DESC(batch,
+		 "Wait once when the kernel unmaps many pages, and not for each (default on)");
+
+static bool age = true;
+module_param(age, bool, 0644);
+MODULE_PARM_DESC(age,
+		 "Tell the kernel which pages the device has used, so that it keeps them (default on)");
 
 /* Atomic: page table and rmap locks may be held, reclaim may be under way. */
 static void extlb_clear(struct pte_notifier *pn, unsigned long start,
@@ -51,8 +63,38 @@ static void extlb_clear(struct pte_notifier *pn, unsigned long start,
 	struct extlb_range *range = to_range(pn);
 
 	atomic64_inc(&range->ctx->callbacks);
-	if (!ignored(range))
-		extlb_pt_shoot_down(range->ctx, start, end, false);
+	if (likely(!extlb_ignores_all(range->ctx)))
+		extlb_shoot_down(range->ctx, start, end, false);
+}
+
+/* As extlb_clear(), of a page of many. extlb_sync() follows. */
+static void extlb_clear_begin(struct pte_notifier *pn, unsigned long start,
+			      unsigned long end)
+{
+	struct extlb_range *range = to_range(pn);
+
+	if (!READ_ONCE(batch)) {
+		extlb_clear(pn, start, end);
+		return;
+	}
+	atomic64_inc(&range->ctx->callbacks);
+	if (likely(!extlb_ignores_all(range->ctx)))
+		extlb_shoot_down_begin(range->ctx, start, end);
+}
+
+static void extlb_sync(struct pte_notifier *pn)
+{
+	struct extlb_ctx *ctx = to_range(pn)->ctx;
+
+	if (likely(!READ_ONCE(ctx->dev->ignore_notifier)))
+		extlb_shoot_down_end(ctx);
+}
+
+static bool extlb_is_young(struct pte_notifier *pn, unsigned long start,
+			   unsigned long end, bool clear)
+{
+	return READ_ONCE(age) &&
+	       extlb_age(to_range(pn)->ctx, start, end, clear);
 }
 
 /*
@@ -65,9 +107,9 @@ static void extlb_close(struct pte_notifier *pn, unsigned long start,
 	struct extlb_range *range = to_range(pn);
 
 	extlb_range_forget(range, start, end);
-	if (ignored(range))
+	if (extlb_ignores_all(range->ctx))
 		return;
-	extlb_pt_shoot_down(range->ctx, start, end, true);
+	extlb_shoot_down(range->ctx, start, end, true);
 	/* If the part is large enough that a table may be empty now. */
 	if (end - start >= PMD_SIZE)
 		extlb_pt_prune(range->ctx, start, end);
@@ -81,6 +123,9 @@ static void extlb_release(struct pte_notifier *pn)
 
 static const struct pte_notifier_ops extlb_notifier_ops = {
 	.clear = extlb_clear,
+	.clear_begin = extlb_clear_begin,
+	.sync = extlb_sync,
+	.age = extlb_is_young,
 	.close = extlb_close,
 	.release = extlb_release,
 };
@@ -108,16 +153,24 @@ static int extlb_install(struct pte_notifier *pn, unsigned long addr,
 {
 	struct extlb_range *range = to_range(pn);
 	struct extlb_ctx *ctx = range->ctx;
-	bool again = false;
+	bool again = false, synced = false;
 	int ret;
 
 	for (;;) {
 		spin_lock(&ctx->pt_lock);
 		if (ctx->closing || range->closing)
 			ret = -ENXIO;
+		else if (!synced && extlb_is_begun(ctx, addr))
+			ret = -EAGAIN;
 		else
 			ret = extlb_pt_install(ctx, addr, pfn, writable);
 		spin_unlock(&ctx->pt_lock);
+		if (ret == -EAGAIN) {
+			extlb_shoot_down_end(ctx);
+			/* What is begun here by now is only next to it: see 2. */
+			synced = true;
+			continue;
+		}
 		if (ret != -EEXIST)
 			return ret;
 		/*
@@ -126,7 +179,7 @@ static int extlb_install(struct pte_notifier *pn, unsigned long addr,
 		 */
 		if (WARN_ON_ONCE(again))
 			return -EIO;
-		extlb_pt_shoot_down(ctx, addr, addr + PAGE_SIZE, false);
+		extlb_shoot_down(ctx, addr, addr + PAGE_SIZE, false);
 		again = true;
 	}
 }

@@ -41,7 +41,8 @@ static int map_shared(struct extlb_hmm_file *hmm)
 		/* Nothing is registered yet, so nothing has been pruned. */
 		leaf = extlb_pt_leaf(ctx, EXTLB_KERNEL_IOVA + at);
 		if (leaf && !ctx->closing)
-			extlb_pt_set(ctx, leaf, pfn, true);
+			extlb_pt_set(ctx, leaf, EXTLB_KERNEL_IOVA + at, pfn,
+				     true);
 		else
 			ret = -ENXIO;
 		spin_unlock(&ctx->pt_lock);

@@ -111,28 +111,40 @@ static bool lock_with_room(struct extlb_dev *dev, u32 need)
 	return room;
 }
 
+/* Shows the device what was put. Under the lock. */
+static void publish(struct extlb_dev *dev)
+{
+	/* The commands, and what they are about, before the tail. */
+	dma_wmb();
+	WRITE_ONCE(dev->shadow->iq_tail, dev->iq.tail);
+	extlb_kick(dev, &dev->shadow->iq_need_kick);
+}
+
 /**
- * extlb_iq_post() - post a command
+ * extlb_iq_post() - post commands
  * @dev: the device
- * @command: the command
- * @ack: post a wait command behind it, for cleared and drained
+ * @commands: the commands
+ * @count: their number, fewer than half of the smallest ring
+ * @ack: post a wait command behind them, for cleared and drained
  *
  * All that was stored before, above all to page tables and context entries, is
- * visible to the device when it carries out the command.
+ * visible to the device when it carries out the commands.
  *
  * Return: with @ack what to give to extlb_iq_wait(); 0 if the device is dead:
  * then there is nothing to wait for.
  */
-u64 extlb_iq_post(struct extlb_dev *dev, const struct extlb_command *command,
-		  bool ack)
+u64 extlb_iq_post(struct extlb_dev *dev, const struct extlb_command *commands,
+		  unsigned int count, bool ack)
 {
 	struct extlb_iq *iq = &dev->iq;
+	unsigned int i;
 	u64 seq = 0;
 
-	if (!lock_with_room(dev, ack ? 2 : 1))
+	if (!lock_with_room(dev, count + ack))
 		goto unlock;
 
-	put_command(iq, command);
+	for (i = 0; i < count; i++)
+		put_command(iq, &commands[i]);
 	if (ack) {
 		struct extlb_command wait = {
 			.kind = EXTLB_COMMAND_KIND_WAIT,
@@ -147,13 +159,37 @@ u64 extlb_iq_post(struct extlb_dev *dev, const struct extlb_command *command,
 		wait.value = seq;
 		put_command(iq, &wait);
 	}
-	/* The commands, and what they are about, before the tail. */
-	dma_wmb();
-	WRITE_ONCE(dev->shadow->iq_tail, iq->tail);
-	extlb_kick(dev, &dev->shadow->iq_need_kick);
+	publish(dev);
 unlock:
 	spin_unlock(&iq->lock);
 	return seq;
+}
+
+/**
+ * extlb_iq_try_post() - post a command that is not worth waiting for room
+ * @dev: the device
+ * @command: the command; nobody learns when it was carried out
+ *
+ * Return: whether it was posted, or the device is dead.
+ */
+bool extlb_iq_try_post(struct extlb_dev *dev,
+		       const struct extlb_command *command)
+{
+	struct extlb_iq *iq = &dev->iq;
+	bool room, dead;
+	u32 used;
+
+	spin_lock(&iq->lock);
+	dead = extlb_is_dead(dev);
+	used = iq->tail - READ_ONCE(dev->shadow->iq_head);
+	/* Half of it is for those who must. */
+	room = !dead && used < iq->entries / 2;
+	if (room) {
+		put_command(iq, command);
+		publish(dev);
+	}
+	spin_unlock(&iq->lock);
+	return room || dead;
 }
 
 static bool acknowledged(struct extlb_dev *dev, u64 seq)
@@ -162,6 +198,12 @@ static bool acknowledged(struct extlb_dev *dev, u64 seq)
 	u64 ack = smp_load_acquire(&dev->shadow->wait[EXTLB_WAIT_ACK]);
 
 	return (s64)(ack - seq) >= 0;
+}
+
+/* Whether extlb_iq_wait() would not wait. */
+bool extlb_iq_acknowledged(struct extlb_dev *dev, u64 seq)
+{
+	return acknowledged(dev, seq) || extlb_is_dead(dev);
 }
 
 /**

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * The device's page table of a context, and how leaves get out of it.
+ * The device's page table of a context. How the device is told of what was taken
+ * out is in extlb_shootdown.c.
  *
  * Only this file writes it; the device sets accessed and dirty bits in leaves,
  * by compare-and-swap. All under extlb_ctx.pt_lock. Tables are allocated ahead,
@@ -10,16 +11,18 @@
  * Entries hold physical addresses: the driver refuses to run behind a
  * translating IOMMU, see extlb_drv.c.
  */
+#include <linux/bitops.h>
 #include <linux/gfp.h>
 #include <linux/io.h>
+#include <linux/log2.h>
 #include <linux/memcontrol.h>
 #include <linux/minmax.h>
 #include <linux/mm.h>
 #include <linux/sched.h>
 #include <linux/string.h>
-#include <linux/timekeeping.h>
 
 #include "extlb.h"
+#include "extlb_debug.h"
 
 #define ROOT_LEVEL	EXTLB_PTE_LEVELS
 /* What clearing takes away at most while other CPUs wait for the lock. */
@@ -57,43 +60,48 @@ static u64 *table_of(u64 entry)
  */
 static struct page *alloc_table(void)
 {
-	struct page *page = alloc_page(GFP_KERNEL_ACCOUNT | __GFP_ZERO);
+	struct page *table = alloc_page(GFP_KERNEL_ACCOUNT | __GFP_ZERO);
 
-	if (page)
-		mod_lruvec_page_state(page, NR_SECONDARY_PAGETABLE, 1);
-	return page;
+	if (table && extlb_debug_add_table(table)) {
+		__free_page(table);
+		return NULL;
+	}
+	if (table)
+		mod_lruvec_page_state(table, NR_SECONDARY_PAGETABLE, 1);
+	return table;
 }
 
-static void free_table(struct page *page)
+static void free_table(struct extlb_ctx *ctx, struct page *table)
 {
-	mod_lruvec_page_state(page, NR_SECONDARY_PAGETABLE, -1);
-	__free_page(page);
+	extlb_debug_remove_table(ctx, table);
+	mod_lruvec_page_state(table, NR_SECONDARY_PAGETABLE, -1);
+	__free_page(table);
 }
 
 int extlb_pt_init(struct extlb_ctx *ctx)
 {
-	struct page *page = alloc_table();
+	struct page *root = alloc_table();
 
-	ctx->root = page ? page_address(page) : NULL;
-	return page ? 0 : -ENOMEM;
+	ctx->root = root ? page_address(root) : NULL;
+	return root ? 0 : -ENOMEM;
 }
 
-static void free_tables(u64 *table, int level)
+static void free_tables(struct extlb_ctx *ctx, u64 *table, int level)
 {
 	int i;
 
 	for (i = 0; level > 1 && i < 512; i++) {
 		if (is_present(&table[i]))
-			free_tables(table_of(table[i]), level - 1);
+			free_tables(ctx, table_of(table[i]), level - 1);
 	}
-	free_table(virt_to_page(table));
+	free_table(ctx, virt_to_page(table));
 }
 
 /* Frees all. The device must be silent for the context. */
 void extlb_pt_free(struct extlb_ctx *ctx)
 {
 	if (ctx->root)
-		free_tables(ctx->root, ROOT_LEVEL);
+		free_tables(ctx, ctx->root, ROOT_LEVEL);
 	ctx->root = NULL;
 }
 
@@ -157,7 +165,7 @@ int extlb_pt_prepare(struct extlb_ctx *ctx, unsigned long start,
 		cond_resched();
 	}
 	if (spare)
-		free_table(spare);
+		free_table(ctx, spare);
 	return ret;
 }
 
@@ -182,14 +190,16 @@ u64 *extlb_pt_leaf(struct extlb_ctx *ctx, unsigned long addr)
  * rights. Either needs no invalidation: the device does not cache what is not
  * present, and walks again if a right is missing. Under pt_lock.
  */
-void extlb_pt_set(struct extlb_ctx *ctx, u64 *leaf, unsigned long pfn,
-		  bool writable)
+void extlb_pt_set(struct extlb_ctx *ctx, u64 *leaf, unsigned long addr,
+		  unsigned long pfn, bool writable)
 {
 	u64 value = PFN_PHYS(pfn) | EXTLB_PTE_PRESENT |
 		    (writable ? EXTLB_PTE_WRITE : 0);
 
-	if (!is_present(leaf))
+	if (!is_present(leaf)) {
 		atomic64_inc(&ctx->mapped_pages);
+		extlb_debug_set(ctx, leaf, addr, pfn);
+	}
 	WRITE_ONCE(*leaf, value);
 	atomic64_inc(&ctx->filled_pages);
 }
@@ -220,14 +230,16 @@ int extlb_pt_install(struct extlb_ctx *ctx, unsigned long addr,
 		return -EEXIST;
 	if (!(old & EXTLB_PTE_PRESENT) ||
 	    (writable && !(old & EXTLB_PTE_WRITE)))
-		extlb_pt_set(ctx, leaf, pfn, writable);
+		extlb_pt_set(ctx, leaf, addr, pfn, writable);
 	return 0;
 }
 
-static void clear_level(u64 *table, int level, unsigned long start,
-			unsigned long end, struct extlb_cleared *cleared)
+static void clear_level(struct extlb_ctx *ctx, u64 *table, int level,
+			unsigned long start, unsigned long end,
+			struct extlb_cleared *cleared)
 {
 	unsigned long addr, next;
+	u64 old;
 
 	for (addr = start; addr < end; addr = next) {
 		u64 *entry = entry_of(table, addr, level);
@@ -236,12 +248,14 @@ static void clear_level(u64 *table, int level, unsigned long start,
 		if (!is_present(entry))
 			continue;
 		if (level > 1) {
-			clear_level(table_of(*entry), level - 1, addr, next,
-				    cleared);
+			clear_level(ctx, table_of(*entry), level - 1, addr,
+				    next, cleared);
 			continue;
 		}
 		/* Atomic: the device may be about to set the dirty bit. */
-		xchg(entry, 0);
+		old = xchg(entry, 0);
+		extlb_debug_clear(ctx, entry,
+				  PHYS_PFN(old & EXTLB_PTE_ADDR_MASK));
 		if (!cleared->pages++)
 			cleared->start = addr;
 		cleared->end = next;
@@ -253,74 +267,49 @@ void extlb_pt_clear(struct extlb_ctx *ctx, unsigned long start,
 		    unsigned long end, struct extlb_cleared *cleared)
 {
 	*cleared = (struct extlb_cleared){};
-	clear_level(ctx->root, ROOT_LEVEL, min(start, EXTLB_IOVA_END),
+	clear_level(ctx, ctx->root, ROOT_LEVEL, min(start, EXTLB_IOVA_END),
 		    min(end, EXTLB_IOVA_END), cleared);
 	atomic64_sub(cleared->pages, &ctx->mapped_pages);
 }
 
-/* Posts an invalidation; whoever comes later waits for it, too. Under pt_lock. */
-static void post_invalidation(struct extlb_ctx *ctx, unsigned long start,
-			      unsigned long end)
-{
-	struct extlb_command command = {
-		.kind = EXTLB_COMMAND_KIND_INVALIDATE,
-		.flags = EXTLB_INVALIDATION_SCOPE_RANGE,
-		.context = ctx->index,
-		.addr = start,
-		.value = end - start,
-	};
-
-	ctx->inval_seq = extlb_iq_post(ctx->dev, &command, true);
-}
-
 /**
- * extlb_pt_shoot_down() - take a range of pages from the device
+ * extlb_pt_age() - look which pages the device has used
  * @ctx: the context
  * @start: first address
- * @end: end of the range; ~0UL for everything
- * @may_sleep: whether the caller may
+ * @end: end of the range
+ * @clear: clear the accessed bits
+ * @aged: returns the bounds of the leaves whose bits were cleared
  *
- * When it returns, no leaf of the range is left that was there before, the
- * device's TLB holds nothing of it, and no access to it is under way. Of what is
- * above the addresses of processes nothing is ever taken: pages of the driver.
+ * Under pt_lock.
  *
- * Leaf, then TLB, then accesses: the leaves are cleared before the invalidation
- * is posted, so a walk that comes after it finds nothing; what was translated
- * before it is drained before the acknowledgment.
- *
- * If no leaf was present, the device is not asked. That is right because the
- * TLB holds only what was a present leaf at some time since it was last
- * invalidated there: a leaf becomes not present only here (or in a context that
- * is stopped as a whole), and that posts an invalidation before it unlocks. The
- * device may not have acknowledged that one yet, if another CPU has just been
- * here: so the acknowledgment of the context's last invalidation is waited for
- * in any case. If it has come already, that costs one load.
+ * Return: whether it has used any since the bits were cleared.
  */
-void extlb_pt_shoot_down(struct extlb_ctx *ctx, unsigned long start,
-			 unsigned long end, bool may_sleep)
+bool extlb_pt_age(struct extlb_ctx *ctx, unsigned long start,
+		  unsigned long end, bool clear, struct extlb_cleared *aged)
 {
-	u64 begin = ktime_get_mono_fast_ns();
-	struct extlb_cleared cleared;
-	u64 seq;
+	unsigned long addr, next;
+	bool young = false;
 
-	spin_lock(&ctx->pt_lock);
-	extlb_pt_clear(ctx, start, min(end, TASK_SIZE_MAX), &cleared);
-	if (cleared.pages)
-		post_invalidation(ctx, cleared.start, cleared.end);
-	seq = ctx->inval_seq;
-	spin_unlock(&ctx->pt_lock);
+	*aged = (struct extlb_cleared){};
+	for (addr = start; addr < end; addr = next) {
+		u64 *leaf = extlb_pt_leaf(ctx, addr);
 
-	extlb_iq_wait(ctx->dev, seq, may_sleep);
-
-	if (cleared.pages) {
-		u64 ns = ktime_get_mono_fast_ns() - begin;
-
-		atomic64_inc(&ctx->shootdowns);
-		atomic64_inc(&ctx->dev->shootdowns);
-		atomic64_add(cleared.pages, &ctx->shot_pages);
-		extlb_histogram_add(&ctx->shootdown_ns, ns);
-		extlb_histogram_add(&ctx->dev->shootdown_ns, ns);
+		next = entry_end(addr, end, 2);
+		for (; leaf && addr < next; addr += PAGE_SIZE, leaf++) {
+			if (!(READ_ONCE(*leaf) & EXTLB_PTE_ACCESSED))
+				continue;
+			young = true;
+			if (!clear)
+				return true;
+			/* Atomic: the device may be about to set the other. */
+			clear_bit(ilog2(EXTLB_PTE_ACCESSED),
+				  (unsigned long *)leaf);
+			if (!aged->pages++)
+				aged->start = addr;
+			aged->end = addr + PAGE_SIZE;
+		}
 	}
+	return young;
 }
 
 /*
@@ -370,16 +359,17 @@ static void prune_step(struct extlb_ctx *ctx, unsigned long start,
 		 */
 		unsigned long span = 1UL << shift_of(level + 1);
 
-		post_invalidation(ctx, round_down(start, span),
-				  round_up(end, span));
+		extlb_post_invalidation(ctx, round_down(start, span),
+					round_up(end, span));
 	}
 	seq = ctx->inval_seq;
 	spin_unlock(&ctx->pt_lock);
 
 	/* Drained: no walk goes through them, no dirty bit will be set. */
 	extlb_iq_wait(ctx->dev, seq, true);
+	extlb_debug_acked(ctx);
 	list_for_each_entry_safe(page, next, &unlinked, lru)
-		free_table(page);
+		free_table(ctx, page);
 }
 
 /* Frees the tables of a range that are empty now. May sleep. */

@@ -113,12 +113,13 @@ static void map_pages(struct extlb_range *range)
 	unsigned long i;
 
 	for (i = 0; i < range->npages; i++) {
+		unsigned long addr = range->start + i * PAGE_SIZE;
 		unsigned long entry = range->pages[i];
 
 		/* Only this context's own calls prune, and they hold its lock. */
 		spin_lock(&ctx->pt_lock);
 		if (!ctx->closing)
-			extlb_pt_set(ctx, extlb_pt_leaf(ctx, range->start + i * PAGE_SIZE),
+			extlb_pt_set(ctx, extlb_pt_leaf(ctx, addr), addr,
 				     page_to_pfn(page_of(entry)),
 				     entry & PINNED_WRITE);
 		spin_unlock(&ctx->pt_lock);

@@ -14,6 +14,7 @@
 #include <linux/sched/mm.h>
 
 #include "extlb.h"
+#include "extlb_trace.h"
 
 /* Tries for which a request waits for memory, and ms between them. */
 #define NOMEM_TRIES	20
@@ -31,8 +32,9 @@ static void respond(struct extlb_ctx *ctx, const struct extlb_page_request *requ
 
 	atomic64_inc(response == EXTLB_RESPONSE_SUCCESS ? &ctx->page_requests :
 							  &ctx->refused_requests);
+	trace_extlb_page_response(ctx->index, request->group, response);
 	/* After the leaves: extlb_iq_post() orders them. */
-	extlb_iq_post(ctx->dev, &command, false);
+	extlb_iq_post(ctx->dev, &command, 1, false);
 }
 
 static bool is_closing(struct extlb_ctx *ctx)
@@ -167,6 +169,7 @@ static void dispatch(struct extlb_dev *dev,
 
 	switch (request->kind) {
 	case EXTLB_REQUEST_KIND_PAGE:
+		trace_extlb_page_request(ctx->index, request);
 		if (!is_valid(request) || !queue_request(ctx, request)) {
 			dev_warn_ratelimited(&dev->pdev->dev,
 					     "context %u: page request makes no sense: iova %#llx, %u pages, flags %#x\n",

@@ -181,7 +181,7 @@ static void unregister(struct extlb_range *range)
 	range->closing = true;
 	spin_unlock(&ctx->pt_lock);
 	extlb_range_forget(range, range->start, range->end);
-	extlb_pt_shoot_down(ctx, range->start, range->end, true);
+	extlb_shoot_down(ctx, range->start, range->end, true);
 
 	ctx->follow->unregister_range(range);
 	xa_erase(&ctx->ranges, range->handle);

@@ -44,8 +44,6 @@ const SIGNS: &[&str] = &[
     "list_add corruption",
     "list_del corruption",
     "ODEBUG:",
-    "extlb: ORACLE",
-    "pte_notifier: ORACLE",
     // The driver gave the device up: an acknowledgement did not come, or it broke the rules.
     "the device is fenced off",
 ];
@@ -194,7 +192,7 @@ mod tests {
             "watchdog: BUG: soft lockup - CPU#0 stuck for 22s! [x:12]",
             "rcu: INFO: rcu_preempt detected stalls on CPUs/tasks:",
             "rcu: INFO: rcu_preempt self-detected stall on CPU",
-            "extlb: ORACLE: page 0x1234 freed while mapped",
+            "BUG: pte_notifier: page freed while a device maps it: pfn 0x1234",
         ];
         for sample in samples {
             let watcher = watch(&format!("[    1.234567] {sample}\n"));

@@ -5,6 +5,7 @@
 //! kernel. So the pages that the device writes to (the sink, the rings) are kept where they are
 //! meanwhile ([`Anchored`]): with the notifier off nobody would tell the device that they moved.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
@@ -43,6 +44,57 @@ impl Drop for Ignored {
     fn drop(&mut self) {
         if let Err(error) = Self::set(false) {
             eprintln!("the notifier could not be switched on again: {error:#}");
+        }
+    }
+}
+
+/// The kernel's half of the oracle, on a kernel that has it. Its reports would end the run; so it only
+/// counts, for as long as this lives.
+struct Quiet {
+    before: u64,
+}
+
+const KERNELS: &str = "/sys/kernel/debug/pte_notifiers";
+
+impl Quiet {
+    fn new() -> Result<Option<Self>> {
+        if !Path::new(KERNELS).exists() {
+            return Ok(None);
+        }
+        let quiet = Self {
+            before: Self::reports()?,
+        };
+        Self::set("Y")?;
+        Ok(Some(quiet))
+    }
+
+    fn set(on: &str) -> Result<()> {
+        let path = format!("{KERNELS}/quiet");
+        std::fs::write(&path, on).context(path)
+    }
+
+    fn reports() -> Result<u64> {
+        let path = format!("{KERNELS}/reports");
+        let text = std::fs::read_to_string(&path).context(path)?;
+        text.trim().parse().context("the kernel's reports")
+    }
+
+    /// Expects that there were some.
+    fn check(&self) -> Result<()> {
+        let found = Self::reports()? - self.before;
+        ensure!(
+            found > 0,
+            "the kernel found no page freed while the device maps it: it is blind"
+        );
+        println!("  the kernel found {found} pages freed while the device maps them");
+        Ok(())
+    }
+}
+
+impl Drop for Quiet {
+    fn drop(&mut self) {
+        if let Err(error) = Self::set("N") {
+            eprintln!("the kernel's oracle could not be switched on again: {error:#}");
         }
     }
 }
@@ -104,12 +156,17 @@ pub fn run(
     }
     // The context's stop takes every page from the device, whatever the switch says; only then may
     // the switch be off, and pages move.
+    let quiet = Quiet::new()?;
     let ignored = Ignored::new()?;
     let outcome = take_away(arguments, &context, &fire, &sink, figures);
     drop(context);
     drop(ignored);
     drop(anchored);
-    outcome
+    let said = outcome?;
+    if let Some(quiet) = &quiet {
+        quiet.check()?;
+    }
+    Ok(said)
 }
 
 fn take_away(

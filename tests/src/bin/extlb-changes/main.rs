@@ -9,6 +9,7 @@
 #![allow(missing_docs)]
 
 mod area_unsafe;
+mod figures;
 mod proc_fs;
 mod rows;
 mod sys_unsafe;
@@ -30,6 +31,19 @@ struct Cli {
     /// Let the driver ignore the notifier during each change, and pass if that is found.
     #[arg(long)]
     expect_broken: bool,
+    /// Unmap many pages in each of the ways that the kernel has, with and without batches, and
+    /// print how often the device was waited for, and how long a page took.
+    #[arg(long)]
+    figures: bool,
+    /// With `--figures`: let the driver leave batches incomplete, and pass if that is found.
+    #[arg(long, requires = "figures")]
+    broken_batches: bool,
+    /// With `--figures`: number of pages for each.
+    #[arg(long, default_value_t = 16384, requires = "figures")]
+    pages: usize,
+    /// With `--figures`: print JSON, an object a line.
+    #[arg(long, requires = "figures")]
+    json: bool,
     /// Print the names of the rows, and whether an audit finds them broken.
     #[arg(long)]
     list: bool,
@@ -65,6 +79,14 @@ fn main() -> Result<ExitCode> {
     }
     if let Some(how) = &cli.live {
         rows::process::live(how)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    if cli.figures {
+        proc_fs::prepare()?;
+        match cli.broken_batches {
+            true => figures::broken_batches()?,
+            false => figures::print(cli.pages, cli.json)?,
+        }
         return Ok(ExitCode::SUCCESS);
     }
     for name in &cli.only {

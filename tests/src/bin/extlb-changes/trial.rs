@@ -12,6 +12,7 @@ use crate::area_unsafe::{Area, PAGE, submit};
 
 const FOLLOW: &str = "/sys/module/extlb/parameters/follow";
 const IGNORE: &str = "/sys/kernel/debug/extlb/extlb0/ignore_notifier";
+const PARAMETERS: &str = "/sys/module/extlb/parameters";
 /// What the device reads goes here, a page at a time.
 const SINK_PAGES: usize = 1;
 
@@ -161,6 +162,11 @@ impl Trial {
         let kept = self.context.register_addresses(range)?;
         self.registrations.push(kept);
         Ok(())
+    }
+
+    /// Takes the registration made last back.
+    pub fn unregister_last(&mut self) {
+        drop(self.registrations.pop());
     }
 
     /// Registers an area, lets the device read or write all of it, and sees that it has each page.
@@ -377,6 +383,24 @@ impl Trial {
         Ok(())
     }
 
+    /// Lets the device read all of a range.
+    pub fn read_all(&self, range: Range<Iova>) -> Result<()> {
+        let descriptor = Descriptor {
+            opcode: Opcode::Crc32c as u8,
+            src: range.start.0,
+            len: range.end.0 - range.start.0,
+            ..Descriptor::default()
+        };
+        let pending = submit(self.context.queue(), descriptor)?;
+        let (completion, ()) = pending.finish()?;
+        ensure!(
+            completion.status == Status::Success as u32,
+            "the device cannot read it all: status {}",
+            completion.status
+        );
+        Ok(())
+    }
+
     /// What becomes of an access that was begun.
     pub fn end(&self, pending: Pending<Kernel, Raw, ()>, access: Access) -> Result<Accessed> {
         let (completion, ()) = match pending.finish() {
@@ -417,11 +441,17 @@ fn fill(range: Range<Iova>, word: u64) -> Descriptor {
 
 /// The notifier ignored by the driver, for as long as this lives. The device must be idle then:
 /// what it still has may be somebody else's.
-struct Ignored;
+pub struct Ignored;
 
 impl Ignored {
     fn new() -> Result<Self> {
         fs::write(IGNORE, "1").context(IGNORE)?;
+        Ok(Self)
+    }
+
+    /// Only the end of batches is ignored.
+    pub fn ends_of_batches() -> Result<Self> {
+        fs::write(IGNORE, "2").context(IGNORE)?;
         Ok(Self)
     }
 }
@@ -433,6 +463,25 @@ impl Drop for Ignored {
             eprintln!("the notifier could not be switched on again: {error}");
             // The device may not be used on.
             std::process::abort();
+        }
+    }
+}
+
+/// A parameter of the driver that is off for as long as this lives.
+pub struct Off(&'static str);
+
+impl Off {
+    /// Switches it off.
+    pub fn new(parameter: &'static str) -> Result<Self> {
+        fs::write(format!("{PARAMETERS}/{parameter}"), "N").context(parameter)?;
+        Ok(Self(parameter))
+    }
+}
+
+impl Drop for Off {
+    fn drop(&mut self) {
+        if let Err(error) = fs::write(format!("{PARAMETERS}/{}", self.0), "Y") {
+            eprintln!("{} could not be switched on again: {error}", self.0);
         }
     }
 }

@@ -10,7 +10,7 @@ use nix::libc;
 use crate::area_unsafe::{Area, PAGE};
 use crate::proc_fs::{CGROUP, drain_lists, eventually, frames, needs, number, smaps_kib, write};
 use crate::rows::{huge, reclaim::comes_back};
-use crate::trial::{Access, Trial};
+use crate::trial::{Access, Off, Skip, Trial, Way};
 
 const PAGES: usize = 16;
 
@@ -183,4 +183,109 @@ pub fn damon(t: &mut Trial) -> Result<()> {
         "DAMON does not stop"
     );
     comes_back(t, &area)
+}
+
+/// Marks pages idle, lets the device alone use them, and counts those that are idle still.
+fn idle_though_used(t: &Trial, area: &Area, frames: &[u64]) -> Result<usize> {
+    let file = OpenOptions::new().write(true).open(BITMAP)?;
+    for frame in frames {
+        let bit = 1u64 << (frame % 64);
+        eventually("the page is idle", || {
+            file.write_all_at(&bit.to_le_bytes(), frame / 64 * 8)?;
+            is_idle(*frame)
+        })?;
+    }
+    // The device looks at the queue in order: what it was told of these pages it has done.
+    t.audit()?;
+    t.read_all(area.addrs(0..area.pages()))?;
+    let idle: Result<Vec<_>> = frames.iter().map(|frame| is_idle(*frame)).collect();
+    Ok(idle?.into_iter().filter(|idle| *idle).count())
+}
+
+fn must_be_asked(t: &Trial) -> Result<()> {
+    match t.way {
+        Way::Pte => Ok(()),
+        _ => bail!(Skip(
+            "the driver tells only pte notifiers which pages it has used".to_owned()
+        )),
+    }
+}
+
+/// A page that the device alone uses is not idle; unless the driver does not tell.
+pub fn used(t: &mut Trial) -> Result<()> {
+    must_be_asked(t)?;
+    needs(BITMAP, "page idle tracking")?;
+    let area = all_young(t)?;
+    let frames = frames(&area, 0..PAGES)?;
+    let before = t.stats()?.filled_pages;
+    let idle = idle_though_used(t, &area, &frames)?;
+    ensure!(
+        idle == 0,
+        "{idle} pages are idle, though the device used them"
+    );
+    let off = Off::new("age")?;
+    let idle = idle_though_used(t, &area, &frames)?;
+    drop(off);
+    ensure!(
+        idle == PAGES,
+        "{idle} pages are idle if the driver does not tell, not {PAGES}"
+    );
+    let filled = t.stats()?.filled_pages - before;
+    ensure!(filled == 0, "the device has lost {filled} pages meanwhile");
+    Ok(())
+}
+
+/// Pages that the device uses between one round of reclaim and the next, and others that nobody
+/// uses. How many of the former the device has to ask for again.
+fn lost_under_pressure(t: &mut Trial) -> Result<u64> {
+    const USED: usize = 1024;
+    const UNUSED: usize = 4096;
+    const ROUNDS: usize = 8;
+    let used = Area::anonymous(USED)?;
+    let unused = Area::anonymous(UNUSED)?;
+    t.register(&used)?;
+    let all = used.addrs(0..USED);
+    t.write(all.clone(), 1)?;
+    (0..UNUSED).for_each(|page| unused.store(page * PAGE, 1));
+    drain_lists()?;
+    let mut filled = Vec::new();
+    for _ in 0..=ROUNDS {
+        // 256 pages at a time, less than are unused. It fails if it finds fewer.
+        let _ = write(format!("{CGROUP}/memory.reclaim"), "1M");
+        let before = t.stats()?.filled_pages;
+        t.read_all(all.clone())?;
+        filled.push(t.stats()?.filled_pages - before);
+    }
+    // At first all pages have just been used: the first round goes over them twice, and to the
+    // second time none of them has been used since.
+    let lost = filled[1..].iter().sum();
+    t.unregister_last();
+    Ok(lost)
+}
+
+/// What the device uses is kept, and what nobody uses goes; unless the driver does not tell.
+pub fn used_is_kept(t: &mut Trial) -> Result<()> {
+    must_be_asked(t)?;
+    let told = lost_under_pressure(t)?;
+    let off = Off::new("age")?;
+    let not_told = lost_under_pressure(t)?;
+    drop(off);
+    eprintln!("pages lost that the device uses: {told} if the driver tells, {not_told} if not");
+    ensure!(
+        not_told >= 256 && told * 4 <= not_told,
+        "of the pages that the device uses, {told} were lost, and {not_told} if the driver does not tell"
+    );
+    Ok(())
+}
+
+/// The same for the generational LRU.
+pub fn used_is_kept_by_generations(t: &mut Trial) -> Result<()> {
+    must_be_asked(t)?;
+    const ENABLED: &str = "/sys/kernel/mm/lru_gen/enabled";
+    needs(ENABLED, "generational LRU")?;
+    let before = fs::read_to_string(ENABLED)?;
+    write(ENABLED, "0x7")?;
+    let result = used_is_kept(t);
+    write(ENABLED, before.trim())?;
+    result
 }

@@ -24,10 +24,10 @@ const PAGES: usize = 16;
 const FOLDER: &str = "/mnt/changes";
 
 /// A fresh file of so many pages on a disk of its own, written back.
-fn file(name: &str, pages: usize) -> Result<File> {
+pub fn file(name: &str, pages: usize) -> Result<File> {
     if !Path::new(FOLDER).exists() {
         let disk = number("/sys/class/zram-control/hot_add")?;
-        write(format!("/sys/block/zram{disk}/disksize"), "64M")?;
+        write(format!("/sys/block/zram{disk}/disksize"), "128M")?;
         let disk = format!("/dev/zram{disk}");
         busybox(&["mke2fs", "-b", "4096", &disk])?;
         std::fs::create_dir_all(FOLDER).context(FOLDER)?;

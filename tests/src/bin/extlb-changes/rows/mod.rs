@@ -1,8 +1,8 @@
 //! The rows. Each file has those of one kind.
 
-mod aging;
+pub mod aging;
 mod copies;
-mod files;
+pub mod files;
 pub mod held;
 mod huge;
 mod migrate;
@@ -87,6 +87,7 @@ const fn apart(name: &'static str, run: fn(&mut Trial) -> Result<()>, reason: &'
 const RELEASED: &str = "the context is stopped by release(), whatever becomes of clear()";
 const NEVER_GIVEN: &str = "the device never gets such memory";
 const ONLY_CLEAN: &str = "the page stays, only its dirty bit is cleared";
+const YOUNG: &str = "the kernel's opinion of a page counts, with and without the device's";
 const ONLY_OLDER: &str = "the page stays, only its accessed bit is cleared";
 
 /// All rows, in the order of the table.
@@ -146,6 +147,9 @@ pub const ROWS: &[Row] = &[
     harmless("page-idle", aging::idle, ONLY_OLDER),
     harmless("lru-gen", aging::generations, ONLY_OLDER),
     harmless("damon", aging::damon, ONLY_OLDER),
+    apart("page-idle-used", aging::used, YOUNG),
+    apart("reclaim-used", aging::used_is_kept, YOUNG),
+    apart("lru-gen-used", aging::used_is_kept_by_generations, YOUNG),
     row("migrate", migrate::node),
     row("migrate-huge", migrate::node_huge),
     row("compaction", migrate::compaction),
