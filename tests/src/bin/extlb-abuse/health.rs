@@ -1,6 +1,5 @@
 //! What is left behind: contexts, references, objects and pages of the kernel.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use std::time::Duration;
@@ -8,20 +7,26 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::Figures;
-use crate::proc_fs::{contexts, drop_caches, eventually, meminfo_kib, slab_objects};
+use crate::proc_fs::{available_kib, contexts, eventually, meminfo_kib};
+use crate::slabs::{Objects, Slabs};
 
 const KMEMLEAK: &str = "/sys/kernel/debug/kmemleak";
-/// What may be missing of the memory: caches of the kernel that do not shrink on demand.
-const SLACK_KIB: u64 = 6 << 10;
-/// Objects of one kind that may be left however little was done.
+/// What may be missing of the memory: workers of the kernel, and their stacks.
+const SLACK_KIB: u64 = 2 << 10;
+/// Objects of one kind that may be left however little was done: the kernel makes workers, and names
+/// of files, and keeps them.
 const SLACK_OBJECTS: u64 = 150;
+/// As many of what is made for a process, as are all objects of the driver that there can be many of.
+const SLACK_OF_PROCESSES: u64 = 4;
+const OF_PROCESSES: [&str; 4] = ["kmalloc-cg-", "mm_struct", "files_cache", "filp"];
 
 /// The kernel's memory before the abuse.
 pub struct Health {
     available_kib: u64,
     /// Page tables of devices.
     tables_kib: u64,
-    objects: BTreeMap<String, u64>,
+    slabs: Slabs,
+    objects: Objects,
 }
 
 fn references() -> Result<u64> {
@@ -42,11 +47,13 @@ impl Health {
         if Path::new(KMEMLEAK).exists() {
             fs::write(KMEMLEAK, "clear").context(KMEMLEAK)?;
         }
-        drop_caches()?;
+        let slabs = Slabs::open()?;
+        let objects = slabs.settle()?;
         Ok(Self {
-            available_kib: meminfo_kib("MemAvailable")?,
+            available_kib: available_kib()?,
             tables_kib: tables_kib()?,
-            objects: slab_objects()?,
+            slabs,
+            objects,
         })
     }
 
@@ -58,48 +65,32 @@ impl Health {
         eventually("the page tables of contexts are freed", || {
             Ok(tables_kib()? == self.tables_kib)
         })?;
-        let allowed = SLACK_OBJECTS + count / 20;
-        let mut grown = Vec::new();
-        let mut lost = 0;
+        let allowed = |name: &str| {
+            let strict = OF_PROCESSES.iter().any(|kind| name.starts_with(kind));
+            if strict {
+                SLACK_OF_PROCESSES
+            } else {
+                SLACK_OBJECTS + count / 20
+            }
+        };
+        let (mut grown, mut lost) = (Vec::new(), 0);
         // Processes and pages that are freed by and by.
         let sound = eventually("the kernel's memory is as before", || {
-            drop_caches()?;
             grown.clear();
-            for (name, now) in slab_objects()? {
+            for (name, now) in self.slabs.look()? {
                 let before = self.objects.get(&name).copied().unwrap_or(0);
                 let more = now.saturating_sub(before);
-                if more > allowed && counts(&name) {
+                if more > allowed(&name) {
                     grown.push(format!("{more} more {name}"));
                 }
             }
-            lost = self
-                .available_kib
-                .saturating_sub(meminfo_kib("MemAvailable")?);
+            lost = self.available_kib.saturating_sub(available_kib()?);
             Ok(grown.is_empty() && lost < SLACK_KIB)
         });
         sound.with_context(|| format!("lost {lost} KiB; {}", grown.join(", ")))?;
         leaks()?;
         Ok(Figures::from([("lost_kib".to_owned(), lost)]))
     }
-}
-
-/// Objects that go with files in memory and with the kernel's own caches say nothing.
-fn counts(name: &str) -> bool {
-    let kinds = [
-        "kmalloc",
-        "maple",
-        "radix",
-        "mm_struct",
-        "filp",
-        "files_cache",
-        "task_struct",
-        "vm_area",
-        "signal_cache",
-        "pid",
-        "cred",
-        "anon_vma",
-    ];
-    kinds.iter().any(|kind| name.starts_with(kind))
 }
 
 /// What kmemleak finds that nobody refers to, if the kernel has it.

@@ -26,6 +26,7 @@ mod proc_fs;
 mod raw_context;
 mod role;
 mod share;
+mod slabs;
 mod stop;
 mod sys_unsafe;
 mod timeout;

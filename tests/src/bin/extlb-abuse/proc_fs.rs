@@ -1,6 +1,5 @@
 //! What the kernel says about itself.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::time::{Duration, Instant};
 
@@ -41,26 +40,16 @@ pub fn meminfo_kib(name: &str) -> Result<u64> {
         .ok_or_else(|| anyhow!("/proc/meminfo has no {name}"))
 }
 
-/// Objects in use of each of the kernel's slab caches.
-pub fn slab_objects() -> Result<BTreeMap<String, u64>> {
-    // Those that a processor keeps for the next caller count as in use otherwise.
-    for cache in fs::read_dir("/sys/kernel/slab")
-        .into_iter()
-        .flatten()
-        .flatten()
-    {
-        let _ = fs::write(cache.path().join("shrink"), "1");
-    }
-    let text = fs::read_to_string("/proc/slabinfo").context("read /proc/slabinfo")?;
-    let mut objects = BTreeMap::new();
-    for line in text.lines().filter(|line| !line.starts_with(['#', 's'])) {
-        let mut words = line.split_whitespace();
-        let name = words.next().unwrap_or_default();
-        if let Some(count) = words.next().and_then(|word| word.parse().ok()) {
-            objects.insert(name.to_owned(), count);
-        }
-    }
-    Ok(objects)
+/// Memory that can be had, with the free pages that processors keep for themselves.
+pub fn available_kib() -> Result<u64> {
+    let text = fs::read_to_string("/proc/zoneinfo").context("read /proc/zoneinfo")?;
+    let counts = text
+        .lines()
+        .filter_map(|line| line.trim_start().strip_prefix("count:"));
+    let kept = counts
+        .map(|count| count.trim().parse::<u64>())
+        .sum::<Result<u64, _>>()?;
+    Ok(meminfo_kib("MemAvailable")? + kept * 4)
 }
 
 /// Gives clean caches back, so that readings of free memory compare.
