@@ -2,7 +2,7 @@
 /*
  * Registers and memory formats of the extlb device.
  *
-* Printed from the extlb-spec crate; do not edit. To print it again:
+ * Printed from the extlb-spec crate; do not edit. To print it again:
  *   cargo run -p extlb-spec --bin extlb-headers
  */
 #ifndef _EXTLB_HW_H
@@ -363,6 +363,7 @@ struct extlb_context_entry {
 	/* Zero. */
 	__u64 reserved1;
 };
+
 static_assert(sizeof(struct extlb_context_entry) == 64);
 
 /* A record of the page request ring. */
@@ -385,6 +386,7 @@ struct extlb_page_request {
 	/* Context error: a `ContextError`. */
 	__u32 code;
 };
+
 static_assert(sizeof(struct extlb_page_request) == 32);
 
 /* A command of the invalidation queue. */
@@ -402,6 +404,7 @@ struct extlb_command {
 	/* Range invalidation: bytes, a multiple of 4096. Wait: what to write. */
 	__u64 value;
 };
+
 static_assert(sizeof(struct extlb_command) == 32);
 
 /* What an audit found. */
@@ -423,6 +426,7 @@ struct extlb_audit_result {
 	/* 1, written last. */
 	__u64 done;
 };
+
 static_assert(sizeof(struct extlb_audit_result) == 64);
 
 /*
@@ -459,6 +463,7 @@ struct extlb_kernel_shadow {
 	/* Free for the kernel: where it lets wait commands write. */
 	__u64 wait[464];
 };
+
 static_assert(sizeof(struct extlb_kernel_shadow) == 4096);
 
 #endif /* _EXTLB_HW_H */

@@ -2,7 +2,7 @@
 /*
  * Interface of the extlb driver.
  *
-* Printed from the extlb-spec crate; do not edit. To print it again:
+ * Printed from the extlb-spec crate; do not edit. To print it again:
  *   cargo run -p extlb-spec --bin extlb-headers
  */
 #ifndef _UAPI_LINUX_EXTLB_H
@@ -315,7 +315,7 @@ struct extlb_unregister {
 
 /* See `STATS`. Counters of this context, unless said otherwise. */
 struct extlb_stats {
-	/* Times that the kernel took pages from the device and waited for its acknowledgement. */
+	/* Times that the kernel took pages from the device and waited for its acknowledgment. */
 	__u64 shootdowns;
 	/* Device ptes cleared by them. */
 	__u64 shot_pages;
@@ -348,7 +348,7 @@ struct extlb_stats {
 	/* Zero. */
 	__u64 reserved;
 	/*
-	 * Latency of shootdowns in ns, from the call to the acknowledgement; for the buckets
+	 * Latency of shootdowns in ns, from the call to the acknowledgment; for the buckets
 	 * see the histogram's definition.
 	 */
 	__u64 shootdown_ns[320];

@@ -8,8 +8,7 @@ use core::fmt::{Result, Write};
 use crate::table::{Enumeration, Layout};
 use crate::{context, invalidation, page_request, pte, regs, uapi, work};
 
-const BANNER: &str = "\
- * Printed from the extlb-spec crate; do not edit. To print it again:
+const BANNER: &str = " * Printed from the extlb-spec crate; do not edit. To print it again:
  *   cargo run -p extlb-spec --bin extlb-headers
  */
 ";
@@ -166,7 +165,7 @@ pub fn hardware(out: &mut dyn Write) -> Result {
         structure(out, layout)?;
         writeln!(
             out,
-            "static_assert(sizeof(struct {}) == {});",
+            "\nstatic_assert(sizeof(struct {}) == {});",
             layout.c_name, layout.size
         )?;
     }

@@ -144,7 +144,7 @@ layout! {
 layout! {
     /// See `STATS`. Counters of this context, unless said otherwise.
     pub struct Stats("extlb_stats", 2688) {
-        /// Times that the kernel took pages from the device and waited for its acknowledgement.
+        /// Times that the kernel took pages from the device and waited for its acknowledgment.
         shootdowns: u64 = 0,
         /// Device ptes cleared by them.
         shot_pages: u64 = 8,
@@ -176,7 +176,7 @@ layout! {
         retried_fills: u64 = 112,
         /// Zero.
         reserved: u64 = 120,
-        /// Latency of shootdowns in ns, from the call to the acknowledgement; for the buckets
+        /// Latency of shootdowns in ns, from the call to the acknowledgment; for the buckets
         /// see the histogram's definition.
         shootdown_ns: [u64; 320] = 128,
     }
