@@ -2,15 +2,16 @@
 
 use std::ffi::OsString;
 use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::{Parser, Subcommand};
 
 use crate::kernel::{self, Flavour};
 use crate::outcome::{Outcome, UNAVAILABLE};
 use crate::profile::{Mebibytes, Profile};
-use crate::rig::{Options, Rig};
+use crate::rig::{GivenKernel, Options, Rig};
 use crate::run::{Addition, Request, run_command};
 use crate::vm::{Input, Sinks, window};
 use crate::{bench, cargo, demo, device, doctor, paths, sandbox, signals, suite};
@@ -59,6 +60,12 @@ enum Command {
 enum KernelCommand {
     /// Build it, unless it is in the cache, and say where it is
     Build,
+    /// Build a module of your own against it, and say where the module is
+    Module {
+        /// The folder with its source and Kbuild
+        #[arg(value_name = "DIR")]
+        folder: PathBuf,
+    },
 }
 
 /// The machine, beyond its profile.
@@ -81,7 +88,11 @@ pub struct MachineArguments {
 impl MachineArguments {
     /// The profile chosen, or the one named here, with what the arguments change.
     pub fn profile(&self, options: &Options, default: &str) -> Result<Profile> {
-        let mut profile = Profile::load(options.profile.as_deref().unwrap_or(default))?;
+        let default = match options.kernel {
+            Some(GivenKernel::Stock) => default.to_owned(),
+            _ => options.flavour.profile(default),
+        };
+        let mut profile = Profile::load(options.profile.as_ref().unwrap_or(&default))?;
         profile.memory = self.memory.unwrap_or(profile.memory);
         profile.smp = self.smp.unwrap_or(profile.smp);
         for words in &self.append {
@@ -169,6 +180,7 @@ fn execute(cli: Cli) -> Result<i32> {
         Command::Doctor(arguments) => doctor::run(&options, &arguments),
         Command::Bench(subject) => bench::run(&options, &subject),
         Command::Kernel(KernelCommand::Build) => build_kernel(options.flavour),
+        Command::Kernel(KernelCommand::Module { folder }) => build_module(&options, &folder),
         Command::Device(_) | Command::Sandbox(_) => unreachable!("dealt with above"),
     }
 }
@@ -225,6 +237,19 @@ fn build_kernel(flavour: Flavour) -> Result<i32> {
     if let Some(driver) = driver {
         println!("{}", driver.display());
     }
+    Ok(0)
+}
+
+fn build_module(options: &Options, folder: &Path) -> Result<i32> {
+    let cache = paths::Cache::open()?;
+    let given = match &options.kernel {
+        Some(GivenKernel::Stock) => bail!("no modules are built for Debian's own kernel here"),
+        Some(GivenKernel::At(tree)) => Some(tree.as_path()),
+        None => None,
+    };
+    let rig = cargo::rig_binary(&cache)?;
+    let module = kernel::module(&cache, &rig, options.flavour, given, folder)?;
+    println!("{}", module.display());
     Ok(0)
 }
 

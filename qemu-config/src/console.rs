@@ -44,12 +44,31 @@ const SIGNS: &[&str] = &[
     "list_add corruption",
     "list_del corruption",
     "ODEBUG:",
+    "INFO: trying to register non-static key",
+    "DEBUG_LOCKS_WARN_ON",
+    "kmemleak: unreferenced object",
+    // A free page, or an object, was written to.
+    "pagealloc: memory corruption",
+    "pagealloc: single bit error",
+    "refcount_t:",
+    // The kernel's own tests.
+    ": EXPECTATION FAILED at",
+    ": ASSERTION FAILED at",
     // The driver gave the device up: an acknowledgement did not come, or it broke the rules.
     "the device is fenced off",
 ];
 
+/// How the allocator's reports on its objects begin: `BUG kmalloc-64 (Not tainted): …`.
+const SLAB: &str = "BUG ";
+
 /// Texts that end a report.
 const ENDS: &[&str] = &["---[ end", "</TASK>"];
+/// What ends a report of a sanitizer, which goes on behind its first trace: who allocated, who freed.
+const RULE: &str = "==========";
+/// Kmemleak's lines, which have nothing that ends them.
+const LEAK: &str = "kmemleak:";
+/// How its lines begin that show what is in the memory.
+const LEAK_BYTES: &str = "    ";
 
 /// What the kernel said about itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -111,7 +130,15 @@ impl Watcher {
         let Some(text) = kernel_text(&line) else {
             return;
         };
-        let begins = SIGNS.iter().any(|sign| text.contains(sign));
+        let begins = SIGNS.iter().any(|sign| text.contains(sign)) || text.starts_with(SLAB);
+        if self.open
+            && self.about_leaks()
+            && ![LEAK, LEAK_BYTES]
+                .iter()
+                .any(|start| text.starts_with(start))
+        {
+            self.open = false;
+        }
         if begins && !self.open {
             self.open = self.reports.len() < REPORTS;
             if self.open {
@@ -121,11 +148,26 @@ impl Watcher {
         if self.open
             && let Some(report) = self.reports.last_mut()
         {
+            let sanitizer = report.lines.first().is_some_and(|first| sanitizers(first));
             report.lines.push(text.to_owned());
-            let ends = ENDS.iter().any(|end| text.contains(end));
+            let ends = match sanitizer {
+                true => text.starts_with(RULE),
+                false => ENDS.iter().any(|end| text.contains(end)),
+            };
             self.open = !ends && report.lines.len() < REPORT_LINES;
         }
     }
+
+    /// Whether the last report is one of kmemleak.
+    fn about_leaks(&self) -> bool {
+        let first = self.reports.last().and_then(|report| report.lines.first());
+        first.is_some_and(|line| line.starts_with(LEAK))
+    }
+}
+
+/// Whether a report that begins with this line is one of those that a rule ends.
+fn sanitizers(first: &str) -> bool {
+    first.starts_with("BUG: KASAN:") || first.starts_with("BUG: KCSAN:")
 }
 
 /// A kernel line without its time stamp `[   12.345678] ` (and, with CONFIG_PRINTK_CALLER, the
@@ -193,11 +235,65 @@ mod tests {
             "rcu: INFO: rcu_preempt detected stalls on CPUs/tasks:",
             "rcu: INFO: rcu_preempt self-detected stall on CPU",
             "BUG: pte_notifier: page freed while a device maps it: pfn 0x1234",
+            "BUG: KCSAN: data-race in f / g",
+            "UBSAN: shift-out-of-bounds in x.c:1:2",
+            "[ BUG: Invalid wait context ]",
+            "WARNING: possible recursive locking detected",
+            "WARNING: possible irq lock inversion dependency detected",
+            "WARNING: held lock freed!",
+            "WARNING: bad unlock balance detected!",
+            "INFO: trying to register non-static key.",
+            "kmemleak: unreferenced object 0xffff888007a3c340 (size 64):",
+            "pagealloc: memory corruption",
+            "BUG kmalloc-64 (Tainted: G           O      ): Poison overwritten",
+            "BUG extlb_range (Not tainted): Objects remaining in extlb_range on __kmem_cache_shutdown()",
+            "page_owner: BUG: Bad page map in process x  pte:1 pmd:2",
+            "kernel BUG at mm/page_table_check.c:101!",
+            "list_add corruption. prev->next should be next (1), but was 2. (prev=3).",
+            "    # pte_notifier_first: EXPECTATION FAILED at mm/tests/x.c:12",
         ];
         for sample in samples {
             let watcher = watch(&format!("[    1.234567] {sample}\n"));
             assert_eq!(watcher.reports().len(), 1, "{sample}");
         }
+    }
+
+    #[test]
+    fn a_sanitizers_report_goes_on_to_who_allocated_and_who_freed() {
+        let watcher = watch(
+            "[    1.000000] ==================================================\r\n\
+             [    1.000001] BUG: KASAN: slab-use-after-free in f+0x1/0x2 [extlb]\r\n\
+             [    1.000002] Write of size 4 at addr ffff888005e4d340 by task insmod/77\r\n\
+             [    1.000003] Call Trace:\r\n\
+             [    1.000004]  <TASK>\r\n\
+             [    1.000005]  </TASK>\r\n\
+             [    1.000006] Allocated by task 77:\r\n\
+             [    1.000007] Freed by task 77:\r\n\
+             [    1.000008] ==================================================\r\n\
+             [    1.000009] Disabling lock debugging due to kernel taint\r\n",
+        );
+        assert_eq!(watcher.reports().len(), 1);
+        let lines = &watcher.reports()[0].lines;
+        assert!(lines[0].starts_with("BUG: KASAN: slab-use-after-free"));
+        assert!(lines.contains(&"Freed by task 77:".to_owned()), "{lines:?}");
+        assert!(lines.last().unwrap().starts_with(RULE), "{lines:?}");
+    }
+
+    #[test]
+    fn leaks_are_one_report_and_end_where_something_else_is_said() {
+        let watcher = watch(
+            "[    1.000000] kmemleak: unreferenced object 0xffff888007a3c340 (size 64):\r\n\
+             [    1.000001] kmemleak:   comm \"insmod\", pid 77, jiffies 4294673345\r\n\
+             [    1.000002] kmemleak:     f+0x1/0x2 [extlb]\r\n\
+             [    1.000003]     00 00 00 00 00 00 00 00 00 00 00 00 00 00 00 00  ................\r\n\
+             [    1.000003] kmemleak: unreferenced object 0xffff888007a3c380 (size 64):\r\n\
+             [    1.000004] reboot: Power down\r\n\
+             [    1.000005] WARNING: CPU: 1 PID: 77 at mm/x.c:12 f+0x1/0x2\r\n",
+        );
+        let reports = watcher.reports();
+        assert_eq!(reports.len(), 2, "{reports:?}");
+        assert_eq!(reports[0].lines.len(), 5);
+        assert!(reports[1].lines[0].starts_with("WARNING:"));
     }
 
     #[test]
@@ -207,6 +303,8 @@ mod tests {
             "[    1.234567] oom-kill:constraint=CONSTRAINT_NONE,nodemask=(null)",
             "[    1.234567] x[12]: segfault at 0 ip 0 sp 0 error 4 in x[1,2]",
             "[    1.234567] clocksource: Marking clocksource 'tsc' as unstable",
+            "[    1.234567] kmemleak: Kernel memory leak detector initialized (mem pool available: 1)",
+            "[    1.234567] kmemleak: Automatic memory scanning thread started",
             "WARNING: a program said this",
             "Kernel panic, said a program",
             "[not a stamp] BUG: x",

@@ -105,7 +105,7 @@ mod tests {
 
     #[test]
     fn the_shipped_profiles_are_sound() {
-        for name in ["default", "demo"] {
+        for name in ["default", "demo", "default-debug", "demo-debug"] {
             Profile::load(name).unwrap();
         }
         assert_eq!(Profile::load("demo").unwrap().memory, Mebibytes(256));

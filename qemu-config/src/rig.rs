@@ -210,12 +210,13 @@ pub enum Booted {
     Dead(Outcome),
 }
 
-/// A guest has to come up within this time.
-fn limit_with(accelerator: Accelerator) -> Duration {
-    Duration::from_secs(match accelerator {
+/// A guest of this flavour has to come up within this time.
+fn limit_with(accelerator: Accelerator, flavour: Flavour) -> Duration {
+    let usual = Duration::from_secs(match accelerator {
         Accelerator::Kvm => 30,
         Accelerator::Tcg => 180,
-    })
+    });
+    usual * flavour.slowness()
 }
 
 impl Rig {
@@ -313,7 +314,7 @@ impl Rig {
         make_sinks: &dyn Fn() -> Sinks,
     ) -> Result<Booted> {
         let accelerator = self.accelerator()?;
-        let limit = Instant::now() + limit_with(accelerator);
+        let limit = Instant::now() + limit_with(accelerator, self.options.flavour);
         let error = match self.try_boot(&mut guest, accelerator, limit, deadline, make_sinks()) {
             Ok(booted) => return Ok(booted),
             Err(error) => error,
@@ -321,7 +322,7 @@ impl Rig {
         if accelerator == Accelerator::Tcg || self.options.accel != Wish::Auto {
             return Err(error);
         }
-        let limit = Instant::now() + limit_with(Accelerator::Tcg);
+        let limit = Instant::now() + limit_with(Accelerator::Tcg, self.options.flavour);
         let booted = self.try_boot(&mut guest, Accelerator::Tcg, limit, deadline, make_sinks())?;
         // The same guest comes up without KVM: KVM was at fault, not something that both need.
         let why = format!("KVM runs a small guest and not a kernel ({error:#})");
@@ -389,6 +390,7 @@ impl Rig {
             sinks,
             reboots: self.options.reboots,
             show_console: self.options.verbose,
+            slowness: self.options.flavour.slowness(),
         })?;
         let first = deadline.map_or(limit, |deadline| deadline.min(limit));
         let stop = match vm.wait_until_up(setup, first) {

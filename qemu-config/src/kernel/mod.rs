@@ -3,28 +3,29 @@
 //! Cached by the hash of everything that goes in. What is kept is the image and the part of the tree
 //! that modules are built against.
 
-mod config;
+pub mod config;
 mod make;
+mod module;
+pub mod source;
 pub mod stock;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
 use crate::child::{self, LineCounter};
 use crate::paths::{self, Cache, Key, files_under, remove_tree};
 use crate::progress::Step;
-use crate::spawn_unsafe::dies_with_us;
 use crate::toolbox::{BUILD, SOURCE, Toolbox};
 pub use make::{Maker, missing_tools};
+use module::{Base, driver_for};
+pub use module::{is_source as is_driver_source, module};
+use source::series;
+pub use source::{source_archive, unpack};
 
 /// Raised when the way of building changes.
 const RECIPE: &str = "1";
-
-/// Left packed: a third of the source, descriptions of hardware that this kernel is not for.
-const LEFT_OUT: [&str; 2] = ["*/arch/*/boot/dts/*", "*/drivers/gpu/drm/amd/include/*"];
 
 /// Which configuration the kernel is built with.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -32,7 +33,7 @@ pub enum Flavour {
     /// Quick to build and to run.
     #[default]
     Base,
-    /// With lockdep, KASAN and the memory manager's own checks.
+    /// With lockdep, KASAN, kmemleak and the memory manager's own checks.
     Debug,
 }
 
@@ -41,6 +42,23 @@ impl Flavour {
         match self {
             Flavour::Base => "base",
             Flavour::Debug => "debug",
+        }
+    }
+
+    /// How many times longer things may take than with the base flavour.
+    pub fn slowness(self) -> u32 {
+        match self {
+            Flavour::Base => 1,
+            Flavour::Debug => 5,
+        }
+    }
+
+    /// The profile that takes the place of another one: a kernel that keeps books on all of its
+    /// memory needs more of it.
+    pub fn profile(self, usual: &str) -> String {
+        match self {
+            Flavour::Base => usual.to_owned(),
+            Flavour::Debug => format!("{usual}-debug"),
         }
     }
 
@@ -57,27 +75,6 @@ impl Flavour {
 
 /// A kernel's image and the driver built for it.
 pub type Kernel = (PathBuf, Option<PathBuf>);
-
-/// The patches, in order.
-fn series() -> Result<Vec<PathBuf>> {
-    let folder = paths::repo().join("kernel-patch/linux-6.12");
-    let mut patches: Vec<PathBuf> = fs::read_dir(&folder)
-        .with_context(|| format!("cannot read {}", folder.display()))?
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .filter(|path| {
-            path.extension()
-                .is_some_and(|extension| extension == "patch")
-        })
-        .collect();
-    patches.sort();
-    if patches.is_empty() {
-        bail!(
-            "no patches in {}; is the repository whole?",
-            folder.display()
-        );
-    }
-    Ok(patches)
-}
 
 /// The kernel and (if wanted) its driver, built if they are not in the cache.
 pub fn get(cache: &Cache, rig: &Path, flavour: Flavour, with_driver: bool) -> Result<Kernel> {
@@ -99,7 +96,7 @@ pub fn get(cache: &Cache, rig: &Path, flavour: Flavour, with_driver: bool) -> Re
         }
     }
     let driver = match with_driver {
-        true => Some(driver_for(cache, rig, &toolbox, &tree, &[], &key)?),
+        true => Some(driver_for(cache, rig, &toolbox, &Base::at(&tree, &key))?),
         false => None,
     };
     Ok((tree.join("bzImage"), driver))
@@ -135,12 +132,8 @@ pub fn given(cache: &Cache, rig: &Path, path: &Path, with_driver: bool) -> Resul
             return Ok((image, None));
         }
         let toolbox = Toolbox::get(cache, &BUILD)?;
-        let key = Key::new("given")
-            .with(path.to_string_lossy().as_bytes())
-            .with_file(&path.join("Module.symvers"))?
-            .with_file(&path.join(".config"))?
-            .finish();
-        let driver = driver_for(cache, rig, &toolbox, &path, &[], &key)?;
+        let key = module::key_of_given(&path)?;
+        let driver = driver_for(cache, rig, &toolbox, &Base::at(&path, &key))?;
         return Ok((image, Some(driver)));
     }
     if !with_driver {
@@ -169,24 +162,12 @@ pub fn driver_for_stock(cache: &Cache, rig: &Path, stock: &stock::Stock) -> Resu
         &headers.makefile,
         "CONFIG_DEBUG_INFO_BTF_MODULES=",
     ];
-    driver_for(
-        cache,
-        rig,
-        &toolbox,
-        &headers.root,
-        &arguments,
-        &headers.key,
-    )
-}
-
-/// The archive of the kernel's source in its toolbox.
-pub fn source_archive(source: &Toolbox) -> Result<PathBuf> {
-    let folder = source.root.join("usr/src");
-    let files = files_under(&folder)?;
-    let archive = files
-        .into_iter()
-        .find(|file| file.to_string_lossy().ends_with(".tar.xz"));
-    Ok(folder.join(archive.context("the source package holds no archive")?))
+    let base = Base {
+        tree: &headers.root,
+        arguments: &arguments,
+        key: &headers.key,
+    };
+    driver_for(cache, rig, &toolbox, &base)
 }
 
 fn build(
@@ -201,26 +182,10 @@ fn build(
     let work = cache.scratch(&format!("kernel-{}", flavour.name()))?;
     let log = |name: &str| cache.path(format!("log/kernel-{}-{name}.log", flavour.name()));
 
-    let left_out = LEFT_OUT.map(|pattern| format!("--exclude={pattern}"));
-    let left_out = left_out.each_ref().map(String::as_str);
     let archive = source_archive(source)?;
-    unpack(toolbox, &archive, &work, &log("unpack")?, &left_out)?;
-    for patch in patches {
-        let mut command = toolbox.command("usr/bin/patch");
-        command
-            .args(["-p1", "--batch", "--fuzz=0", "-d"])
-            .arg(&work)
-            .arg("-i")
-            .arg(patch);
-        let mut step = Step::begin("applying patches");
-        child::run(&mut command, &log("patch")?, &mut step, String::new).with_context(|| {
-            format!(
-                "{} does not apply to {}",
-                patch.file_name().unwrap_or_default().display(),
-                source.packages.join(" ")
-            )
-        })?;
-    }
+    source::unpack_whole(toolbox, &archive, &work, &log("unpack")?)?;
+    source::patch(toolbox, patches, &work, &log("patch")?)
+        .with_context(|| format!("they are for {}", source.packages.join(" ")))?;
 
     let wanted = config::merge(&flavour.fragments())?;
     fs::write(work.join("wanted.config"), config::text(&wanted))?;
@@ -275,51 +240,6 @@ fn forget_old(tree: &Path, flavour: Flavour) -> Result<()> {
     Ok(())
 }
 
-/// Unpacks the source's archive; `which` are further arguments for tar.
-pub fn unpack(
-    toolbox: &Toolbox,
-    archive: &Path,
-    to: &Path,
-    log: &Path,
-    which: &[&str],
-) -> Result<()> {
-    let mut step = Step::begin("unpacking the kernel's source");
-    let mut xz = toolbox.command("usr/bin/xz");
-    xz.args(["--decompress", "--stdout"]).arg(archive);
-    let mut unpacker = dies_with_us(xz.stdin(Stdio::null()).stdout(Stdio::piped())).spawn()?;
-    let stdout = unpacker.stdout.take().context("no output of xz")?;
-    let mut tar: Command = toolbox.command("usr/bin/tar");
-    tar.args([
-        "--extract",
-        "--strip-components=1",
-        "--no-same-owner",
-        "--directory",
-    ])
-    .arg(to)
-    .args(which);
-    tar.stdin(stdout)
-        .stdout(Stdio::null())
-        .stderr(fs::File::create(log)?);
-    let mut tar = dies_with_us(&mut tar).spawn()?;
-    let status = loop {
-        if let Some(status) = tar.try_wait()? {
-            break status;
-        }
-        step.tick(String::new);
-        std::thread::sleep(std::time::Duration::from_millis(50));
-    };
-    let source = unpacker.wait()?;
-    if !status.success() || !source.success() {
-        bail!(
-            "cannot unpack {} (xz: {source}, tar: {status}): {}",
-            archive.display(),
-            child::last_lines(&fs::read_to_string(log).unwrap_or_default(), 5)
-        );
-    }
-    step.done();
-    Ok(())
-}
-
 /// Removes what neither booting nor building modules needs.
 fn prune(tree: &Path, step: &mut Step) -> Result<()> {
     fs::rename(tree.join("arch/x86/boot/bzImage"), tree.join("bzImage"))
@@ -360,88 +280,9 @@ fn remove_empty(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The driver built against `tree`, from the cache if nothing has changed. `arguments` are for
-/// `make`, if the top of the tree is not where it runs.
-fn driver_for(
-    cache: &Cache,
-    rig: &Path,
-    toolbox: &Toolbox,
-    tree: &Path,
-    arguments: &[&str],
-    kernel_key: &str,
-) -> Result<PathBuf> {
-    let source = paths::repo().join("driver/kernel");
-    let key = Key::new(RECIPE)
-        .with(kernel_key)
-        .with_folder(&source, is_driver_source)
-        .with_context(|| format!("no driver in {}", source.display()))?
-        .finish();
-    let kept = cache.path(format!("driver/{key}/extlb.ko"))?;
-    if kept.is_file() {
-        return Ok(kept);
-    }
-    let _lock = cache.lock("driver")?;
-    if kept.is_file() {
-        return Ok(kept);
-    }
-    let work = cache.scratch("driver")?;
-    for file in files_under(&source)?
-        .into_iter()
-        .filter(|file| is_driver_source(file))
-    {
-        let to = work.join(&file);
-        fs::create_dir_all(to.parent().unwrap_or(&work))?;
-        fs::copy(source.join(&file), to)?;
-    }
-    let maker = Maker::find(rig, toolbox)?;
-    let mut step = Step::begin("building the driver");
-    let log = cache.path("log/driver.log")?;
-    let mut command = maker.make(tree, &[&work]);
-    command
-        .args(arguments)
-        .arg(format!("M={}", maker.path_of(&work, 0)))
-        .arg("modules");
-    child::run(&mut command, &log, &mut step, String::new).context("cannot build the driver")?;
-    step.done();
-    let built = work.join("extlb.ko");
-    fs::rename(&built, &kept).with_context(|| format!("the build left no {}", built.display()))?;
-    remove_tree(&work)?;
-    Ok(kept)
-}
-
-fn is_driver_source(file: &Path) -> bool {
-    let named = file
-        .file_name()
-        .and_then(|name| name.to_str())
-        .unwrap_or_default();
-    let source = Path::new(named)
-        .extension()
-        .is_some_and(|extension| ["c", "h", "S"].iter().any(|source| extension == *source));
-    !file.starts_with("selftests")
-        && ((source && !named.ends_with(".mod.c"))
-            || ["Kbuild", "Makefile", "Kconfig"].contains(&named))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn only_sources_decide_about_the_driver() {
-        for name in ["extlb_main.c", "sub/extlb_hw.h", "Kbuild", "Makefile"] {
-            assert!(is_driver_source(Path::new(name)), "{name}");
-        }
-        for name in [
-            "extlb.ko",
-            "extlb.mod.c",
-            ".extlb.o.cmd",
-            "modules.order",
-            "README.md",
-            "selftests/extlb_test.c",
-        ] {
-            assert!(!is_driver_source(Path::new(name)), "{name}");
-        }
-    }
 
     #[test]
     fn the_newest_kernels_of_a_flavour_are_kept() {

@@ -71,6 +71,8 @@ pub struct Start<'a> {
     pub reboots: u32,
     /// The console is copied to standard error.
     pub show_console: bool,
+    /// How many times longer than usual the guest may take for its own things.
+    pub slowness: u32,
 }
 
 /// Standard input of a program.
@@ -120,6 +122,8 @@ pub struct Vm {
     /// What the agent was asked to set up, in each boot.
     setup: Setup,
     reboots_left: u32,
+    /// Time to switch off.
+    shutdown: Duration,
     /// The kernel's release, once the agent has said hello.
     pub kernel: String,
 }
@@ -179,6 +183,7 @@ impl Vm {
             hot_plug: start.device.is_some_and(|device| device.hot_plug),
             setup: Setup::default(),
             reboots_left: start.reboots,
+            shutdown: SHUTDOWN * start.slowness,
             kernel,
         })
     }
@@ -312,7 +317,7 @@ impl Vm {
         let mut end = end;
         let orderly = matches!(end, End::Exited(_));
         if orderly && self.send(&ToGuest::Shutdown).is_ok() {
-            if !wait_for(&mut self.qemu, SHUTDOWN) {
+            if !wait_for(&mut self.qemu, self.shutdown) {
                 end = End::Died("the guest did not switch off".to_owned());
             }
         } else if matches!(end, End::Died(_)) {

@@ -19,8 +19,13 @@ use extlb_guest_protocol::{MODULES_FILE, Mount, Setup};
 /// Where the rig puts the driver.
 const DRIVER: &str = "/extlb.ko";
 const DEVICE_NODE: &str = "/dev/extlb0";
-/// Probing a disk, or the driver a device, takes milliseconds; this is for emulation on a busy host.
-const PROBE_WAIT: Duration = Duration::from_secs(20);
+/// Probing a disk, or the driver a device, takes milliseconds; this is for emulation on a busy host,
+/// and for kernels that check all that they do.
+const PROBE_WAIT: Duration = Duration::from_secs(60);
+/// Where kmemleak is told to scan.
+const LEAKS: &str = "/sys/kernel/debug/kmemleak";
+/// Younger memory does not count as leaked; kmemleak's own limit is 5 s.
+const LEAK_AGE: Duration = Duration::from_millis(5500);
 
 /// Mounts the kernel's own file systems.
 pub fn mount_all() -> Result<()> {
@@ -229,10 +234,34 @@ pub fn power_off() -> ! {
             );
         }
     }
+    look_for_leaks();
     nix::unistd::sync();
     let error = reboot(RebootMode::RB_POWER_OFF).unwrap_err();
     eprintln!("extlb-agent: cannot switch off: {error}");
     std::process::exit(1);
+}
+
+/// Has a kernel with kmemleak look for memory that nobody points to any more; it names it on the
+/// console. To be called when all that was allocated for programs and by the driver must be gone.
+fn look_for_leaks() {
+    let file = Path::new(LEAKS);
+    if !file.exists() {
+        return;
+    }
+    let scan = || {
+        if let Err(error) = fs::write(file, "scan") {
+            let _ = fs::write(
+                "/dev/kmsg",
+                format!("extlb-agent: no search for leaks: {error}\n"),
+            );
+        }
+    };
+    // The first scan takes the sum of what is in the memory; memory that still has the same content
+    // at the second, and is old enough not to be just on its way somewhere, has leaked.
+    let start = Instant::now();
+    scan();
+    std::thread::sleep(LEAK_AGE.saturating_sub(start.elapsed()));
+    scan();
 }
 
 /// Whether a process other than this one and the kernel's threads exists.

@@ -1,4 +1,4 @@
-//! A working set of twice the guest's memory: the kernel swaps, the device follows.
+//! A working set larger than the guest's memory: the kernel swaps, the device follows.
 
 use std::collections::VecDeque;
 use std::time::Instant;
@@ -13,11 +13,10 @@ use super::pinned;
 use super::random::Random;
 use super::{Arguments, procfs};
 
-/// The working set.
-const TOTAL: usize = 512 << 20;
-/// A chunk of it, and the size of the pattern.
+/// A chunk of the working set, and the size of the pattern.
 const CHUNK: usize = 1 << 20;
-const CHUNKS: usize = TOTAL / CHUNK;
+/// The most chunks that there can be.
+const CHUNKS: usize = super::WORKING_SET as usize;
 /// Chunks under way.
 const DEPTH: usize = 8;
 /// The pattern of a chunk begins with so many of its last bytes, at most.
@@ -29,14 +28,17 @@ pub fn run(
     device: &Device<Kernel>,
     figures: &mut Figures,
 ) -> Result<String> {
+    let mib = arguments.working_set;
+    let total = mib as usize * CHUNK;
     let memory = procfs::meminfo_kib("MemTotal")? >> 10;
     let swap = procfs::meminfo_kib("SwapFree")? >> 10;
     ensure!(
-        memory < TOTAL as u64 >> 20,
-        "the guest has {memory} MiB, more than the working set: run it with --memory 256"
+        memory < mib,
+        "the guest has {memory} MiB, more than the working set: run it with --memory {}M",
+        mib / 2
     );
     ensure!(
-        memory + swap > (TOTAL as u64 >> 20) + 64,
+        memory + swap > mib + 64,
         "{memory} MiB of memory and {swap} MiB of swap do not hold the working set"
     );
     let context = device.context(Options {
@@ -44,7 +46,7 @@ pub fn run(
         ..Options::default()
     })?;
     let pattern = Pattern::new(&context, arguments.seed)?;
-    let mut chunks: Vec<_> = context.allocate(TOTAL)?.chunks(CHUNK).collect();
+    let mut chunks: Vec<_> = context.allocate(total)?.chunks(CHUNK).collect();
     let before = context.stats()?;
     let swapped = || -> Result<(u64, u64)> {
         Ok((
@@ -58,24 +60,25 @@ pub fn run(
     let told = |what: &str| println!("  {what} after {:.1} s", begun.elapsed().as_secs_f64());
     chunks = write(&context, &pattern, chunks, 0)?;
     told("written");
-    chunks = verify_and_write(&context, &pattern, chunks, 0, 1)?;
-    told("verified and written again");
-    chunks = verify(&context, &pattern, chunks, 1)?;
-    told("verified again");
+    for pass in 1..arguments.rounds {
+        chunks = verify_and_write(&context, &pattern, chunks, pass - 1, pass)?;
+        told("verified and written again");
+    }
+    chunks = verify(&context, &pattern, chunks, arguments.rounds - 1)?;
+    told("verified");
     let elapsed = begun.elapsed();
     let (in_after, out_after) = swapped()?;
     figures.take_stats(&before, &context.stats()?);
     figures.seconds = Some(super::figures::seconds(elapsed));
-    figures.bytes = Some(4 * TOTAL as u64);
+    figures.bytes = Some((2 * arguments.rounds * total) as u64);
     figures.swapped_in_kib = Some(in_after - in_before);
     figures.swapped_out_kib = Some(out_after - out_before);
     figures.vm_lck_kib = Some(procfs::status_kib("VmLck")?);
     figures.vm_pin_kib = Some(procfs::status_kib("VmPin")?);
     figures.rss_after_kib = Some(procfs::status_kib("VmRSS")?);
     println!(
-        "  with pte notifiers: {} MiB in a guest of {memory} MiB; swapped out {} MiB and in {} \
+        "  with pte notifiers: {mib} MiB in a guest of {memory} MiB; swapped out {} MiB and in {} \
          MiB, {} page requests for {} pages, {} shootdowns",
-        TOTAL >> 20,
         (out_after - out_before) >> 10,
         (in_after - in_before) >> 10,
         figures.page_requests.unwrap_or(0),
@@ -89,15 +92,19 @@ pub fn run(
     let stale = figures.stale_accesses.unwrap_or(u64::MAX);
     ensure!(stale == 0, "{stale} stale accesses");
     ensure!(
-        out_after - out_before > (TOTAL as u64 >> 10) - (memory << 10),
+        out_after - out_before > (mib - memory) << 10,
         "hardly anything was swapped: there was no pressure"
     );
-    let outcome = pinned::must_fail(TOTAL as u64 >> 20)?;
+    let outcome = pinned::must_fail(mib)?;
     println!("  with pinned memory: {outcome}");
     figures.pinned_outcome = Some(outcome.clone());
     Ok(format!(
-        "{} MiB written and verified twice in {memory} MiB in {:.1} s; pinned, it fails: {outcome}",
-        TOTAL >> 20,
+        "{mib} MiB written and verified {} in {memory} MiB in {:.1} s; pinned, it fails: {outcome}",
+        if arguments.rounds == 1 {
+            "once"
+        } else {
+            "twice"
+        },
         elapsed.as_secs_f64()
     ))
 }

@@ -29,6 +29,9 @@ use figures::{Figures, Report, StepReport};
 /// Where the guest has the input file.
 const DEFAULT_INPUT: &str = "/mnt/input/input";
 
+/// The working set of the step memory-pressure, in MiB, unless a smaller one is asked for.
+const WORKING_SET: u64 = 512;
+
 /// Shows what the device can do, step by step; exits 0 if all of it holds.
 #[derive(Debug, Parser)]
 #[command(name = "extlb-tour")]
@@ -45,6 +48,13 @@ struct Arguments {
     /// Operations on the memory in the step unmap-under-fire
     #[arg(long, default_value_t = 10_000)]
     operations: u64,
+    /// MiB that the device works on in the step memory-pressure; more than the guest has
+    #[arg(long, value_name = "MIB", default_value_t = WORKING_SET,
+          value_parser = clap::value_parser!(u64).range(64..=WORKING_SET))]
+    working_set: u64,
+    /// How often the step memory-pressure writes and verifies all of it
+    #[arg(long, value_name = "TIMES", default_value = "2", value_parser = rounds)]
+    rounds: usize,
     /// The tour on an ordinary kernel: the device is bound to vfio-pci, EXTLB_BDF says where it is
     #[arg(long)]
     vfio: bool,
@@ -84,6 +94,15 @@ enum Other {
         /// MiB to lock
         mib: u64,
     },
+}
+
+/// The patterns of two rounds are different all over; there are no more.
+fn rounds(text: &str) -> Result<usize, String> {
+    match text {
+        "1" => Ok(1),
+        "2" => Ok(2),
+        _ => Err("1 or 2".to_owned()),
+    }
 }
 
 type Step = fn(&Arguments, &Device<Kernel>, &mut Figures) -> Result<String>;

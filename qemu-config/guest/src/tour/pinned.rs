@@ -13,11 +13,14 @@ use super::procfs;
 
 /// The child's way of saying that it failed as it should.
 pub const OUT_OF_MEMORY: u8 = 3;
-const PATIENCE: Duration = Duration::from_secs(30);
-/// Memory is registered in pieces of this size: about half of the guest's. The first is pinned for
-/// real; by the second the driver says no. Smaller ones would find the end of memory through the
-/// OOM killer, after up to half a minute of thrashing.
-const PIECE_MIB: u64 = 128;
+/// For kernels that check all that they do; others need less than a second.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// The size of the pieces in which memory is registered, in MiB: about half of the guest's. The
+/// first is pinned for real; by the second the driver says no. Smaller ones would find the end of
+/// memory through the OOM killer, after up to half a minute of thrashing.
+fn piece_mib() -> Result<u64> {
+    Ok(((procfs::meminfo_kib("MemTotal")? >> 10) * 9 / 256 * 16).max(16))
+}
 
 /// Registers so much memory, pinned; what happened. Fails if it does not fail.
 pub fn must_fail(mib: u64) -> Result<String> {
@@ -129,8 +132,9 @@ fn pin(mib: u64) -> Result<Option<String>> {
     })?;
     // A piece at a time: memory is really used up, and not refused from the start.
     let mut pinned = Vec::new();
-    for done in (0..mib).step_by(PIECE_MIB as usize) {
-        let mapping = device.map_anonymous((PIECE_MIB as usize) << 20)?;
+    let piece = piece_mib()?;
+    for done in (0..mib).step_by(piece as usize) {
+        let mapping = device.map_anonymous((piece as usize) << 20)?;
         match context.register(mapping) {
             Ok(piece) => pinned.push(piece),
             Err(refused) => {

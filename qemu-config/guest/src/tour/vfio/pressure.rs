@@ -11,7 +11,7 @@ use crate::tour::pinned;
 use crate::tour::procfs;
 
 /// The working set, in MiB: that of the tour with pte notifiers.
-const TOTAL_MIB: u64 = 512;
+const TOTAL_MIB: u64 = crate::tour::WORKING_SET;
 /// MiB registered at a time.
 const PIECE_MIB: u64 = 8;
 
