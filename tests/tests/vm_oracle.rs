@@ -13,7 +13,15 @@ const NOT_MAPPED: &str = "BUG: pte_notifier: registered but not mapped: part of 
 
 /// Runs a script on the debug kernel, with more arguments for the rig.
 fn run(arguments: &[&str], script: &str) -> (Option<i32>, String, String) {
-    let rig = ["run", "--flavour", "debug", "--add", CHANGES];
+    let rig = [
+        "run",
+        "--flavour",
+        "debug",
+        "--timeout",
+        "1800",
+        "--add",
+        CHANGES,
+    ];
     let command = ["--", "sh", "-c", script];
     let got = output(RIG, &[&rig[..], arguments, &command].concat()).unwrap();
     let said = String::from_utf8_lossy(&got.stdout).into_owned();
