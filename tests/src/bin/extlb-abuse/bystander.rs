@@ -13,11 +13,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use extlb_driver::{Context, Device, Error, Kernel, Options};
 
+use crate::proc_fs::PATIENCE;
 use crate::{Figures, role};
 
 const BYTES: usize = 128 << 10;
-/// For one operation, on a machine that is slow, emulated and busy.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The process.
 pub struct Bystander {

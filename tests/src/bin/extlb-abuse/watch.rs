@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 /// How long a step may take without a sign of life. A machine may be slow, emulated and busy; what
 /// hangs, hangs for ever.
-const LIMIT: Duration = Duration::from_secs(120);
+const LIMIT: Duration = Duration::from_secs(400);
 
 struct State {
     what: String,
