@@ -4,6 +4,7 @@
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use extlb_driver::spec::work::Descriptor;
@@ -17,6 +18,15 @@ use nix::unistd::{ForkResult, fork};
 
 /// Size of a page, in bytes.
 pub const PAGE: usize = 4096;
+
+/// Where areas lie: far below all that the kernel places by itself. It takes the highest gap that
+/// suffices (`vm_unmapped_area()` in `mm/mmap.c`), so that a thread's new stack or the allocator's
+/// new memory does not end in a hole of an area, which its owner is about to fill again.
+const LOWEST: usize = 1 << 44;
+/// Areas begin at multiples of a huge page, and lie as far from each other at least.
+const APART: usize = 2 << 20;
+/// Where the next area lies. No address is used twice.
+static NEXT: AtomicUsize = AtomicUsize::new(LOWEST);
 
 /// Addresses that hold no Rust object: pages that are mapped, unmapped and moved at will, and that
 /// the device works on meanwhile. Accessed by whole words only, volatile.
@@ -41,11 +51,13 @@ impl Area {
     /// Reserves addresses; nothing is accessible there yet.
     pub fn reserve(pages: usize) -> Result<Self> {
         let len = NonZeroUsize::new(pages * PAGE).context("an area of no pages")?;
-        let flags = ANONYMOUS | MapFlags::MAP_NORESERVE;
-        // SAFETY: a new mapping at an address of the kernel's choice.
-        let start = unsafe { mmap_anonymous(None, len, ProtFlags::PROT_NONE, flags) };
+        let room = len.get().next_multiple_of(APART) + APART;
+        let addr = NonZeroUsize::new(NEXT.fetch_add(room, Ordering::Relaxed));
+        let flags = ANONYMOUS | MapFlags::MAP_NORESERVE | MapFlags::MAP_FIXED_NOREPLACE;
+        // SAFETY: a new mapping where nothing is, or the kernel refuses it.
+        let start = unsafe { mmap_anonymous(addr, len, ProtFlags::PROT_NONE, flags) };
         Ok(Self {
-            start: start.context("mmap")?.cast(),
+            start: start.with_context(|| format!("mmap at {addr:x?}"))?.cast(),
             pages,
         })
     }
@@ -235,6 +247,28 @@ pub fn in_child(child: impl FnOnce() -> bool, parent: impl FnOnce()) -> Result<b
                 WaitStatus::Exited(_, code) => Ok(code == 0),
                 other => bail!("a child ended with {other:?}"),
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hole_is_not_taken_by_what_the_kernel_places() {
+        const PAGES: usize = 64;
+        let area = Area::fresh(PAGES).unwrap();
+        area.unmap(3..PAGES).unwrap();
+        let len = NonZeroUsize::new(PAGE).unwrap();
+        // SAFETY: a new mapping at an address of the kernel's choice, whose content nobody uses.
+        let others = std::array::from_fn::<_, 1000, _>(|_| unsafe {
+            mmap_anonymous(None, len, ProtFlags::PROT_NONE, ANONYMOUS).unwrap()
+        });
+        area.map_hole(3..PAGES).unwrap();
+        for other in others {
+            // SAFETY: mapped above, and not used.
+            unsafe { munmap(other, PAGE) }.unwrap();
         }
     }
 }
