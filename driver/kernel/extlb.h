@@ -230,6 +230,7 @@ struct extlb_ctx {
 	struct mmu_notifier mn;
 #endif
 	struct mm_struct *mm;		/* mm_count is held, mm_users is not */
+	struct pid *owner;		/* the process that made it */
 	struct extlb_context_shadow *shadow;
 	void *no_doorbell;		/* mapped instead when the device is gone */
 
@@ -350,6 +351,7 @@ void extlb_ctx_release(struct extlb_ctx *ctx);
 bool extlb_ctx_is_over(struct extlb_ctx *ctx);
 int extlb_ctx_create(struct extlb_ctx *ctx, struct extlb_create *arg);
 void extlb_ctx_stop(struct extlb_ctx *ctx);
+void extlb_ctx_flush(struct extlb_ctx *ctx);
 void extlb_ctx_close(struct extlb_ctx *ctx);
 struct extlb_ctx *extlb_ctx_get(struct extlb_dev *dev, u32 index);
 void extlb_ctx_put(struct extlb_ctx *ctx);

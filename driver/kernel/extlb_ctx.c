@@ -65,6 +65,7 @@ static void free_ctx(struct kref *ref)
 	free_pages_of(ctx);
 	if (ctx->mm)
 		mmdrop(ctx->mm);
+	put_pid(ctx->owner);
 	extlb_dev_put(ctx->dev);
 	kvfree(ctx);
 }
@@ -201,6 +202,7 @@ int extlb_ctx_create(struct extlb_ctx *ctx, struct extlb_create *arg)
 				   extlb_follow_default();
 	mmgrab(current->mm);
 	ctx->mm = current->mm;
+	ctx->owner = get_pid(task_tgid(current));
 	if (ctx->follow->attach) {
 		ret = ctx->follow->attach(ctx);
 		if (ret)
@@ -216,6 +218,8 @@ int extlb_ctx_create(struct extlb_ctx *ctx, struct extlb_create *arg)
 	return 0;
 
 drop_mm:
+	put_pid(ctx->owner);
+	ctx->owner = NULL;
 	mmdrop(ctx->mm);
 	ctx->mm = NULL;
 	give_index(ctx);
@@ -264,6 +268,32 @@ void extlb_ctx_stop(struct extlb_ctx *ctx)
 	}
 	mutex_unlock(&ctx->stop_lock);
 	wake_up_all(&ctx->wait);
+}
+
+/**
+ * extlb_ctx_flush() - a process that has the file is ending
+ * @ctx: the context
+ *
+ * While a fault is served, the address space of the process is in use. It must
+ * not stay so beyond the process: if memory is short and the process is killed
+ * for that, the killer waits for its memory as long as there is the process, and
+ * then kills somebody else. So the owner waits here. The open file would be too
+ * late: the mapping of the doorbell is a reference to it.
+ */
+void extlb_ctx_flush(struct extlb_ctx *ctx)
+{
+	struct extlb_dev *dev = ctx->dev;
+
+	down_read(&dev->sem);
+	mutex_lock(&ctx->lock);
+	if (ctx->state == EXTLB_CTX_LIVE && ctx->owner == task_tgid(current)) {
+		extlb_ctx_stop(ctx);
+		/* Ends fills, too. */
+		extlb_range_unregister_all(ctx);
+		flush_work(&ctx->fault_work);
+	}
+	mutex_unlock(&ctx->lock);
+	up_read(&dev->sem);
 }
 
 /* Gives back all that the context has. Under dev->sem; takes ctx->lock. */

@@ -40,6 +40,13 @@ static int extlb_release(struct inode *inode, struct file *file)
 	return 0;
 }
 
+static int extlb_flush(struct file *file, fl_owner_t id)
+{
+	if (current->flags & PF_EXITING)
+		extlb_ctx_flush(file->private_data);
+	return 0;
+}
+
 static int get_info(struct extlb_ctx *ctx, struct extlb_info *arg)
 {
 	if (arg->reserved0 || arg->reserved1)
@@ -364,6 +371,7 @@ static ssize_t extlb_read(struct file *file, char __user *buf, size_t size,
 const struct file_operations extlb_fops = {
 	.owner = THIS_MODULE,
 	.open = extlb_open,
+	.flush = extlb_flush,
 	.release = extlb_release,
 	.unlocked_ioctl = extlb_ioctl,
 	.compat_ioctl = compat_ptr_ioctl,

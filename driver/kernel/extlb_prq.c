@@ -98,8 +98,11 @@ static void serve(struct extlb_ctx *ctx, const struct extlb_page_request *reques
 		ret = map_request(ctx, request);
 		set_active_memcg(old);
 		mem_cgroup_put(memcg);
-		/* If this is the last user, all of exit_mmap() follows. */
-		mmput_async(ctx->mm);
+		/*
+		 * Perhaps the last user, with all of exit_mmap() to do. Not
+		 * later: extlb_ctx_flush() waits for it.
+		 */
+		mmput(ctx->mm);
 	}
 	/* Nobody waits for a response in a context that was stopped. */
 	if (is_closing(ctx))

@@ -52,7 +52,7 @@ pub type Figures = BTreeMap<String, u64>;
     after_help = "From the machine (the rig puts the program into the guest); the long runs:\n  \
         extlb run --flavour debug -- target/debug/extlb-abuse fuzz --count 1000000 --threads 4\n  \
         extlb run --flavour debug -- target/debug/extlb-abuse kill --count 10000\n  \
-        extlb run --memory 384M -- target/debug/extlb-abuse oom limit stop share forks --count 50\n  \
+        extlb run --memory 384M -- target/debug/extlb-abuse oom exhaust limit stop share forks --count 50\n  \
         extlb run --append movablecore=512M -- target/debug/extlb-abuse offline --count 100\n\
         The device for `timeout` is a profile with these lines, for after = 200, 800 and 1600:\n  \
         [[device.fault]]\n  kind = 'skip-ack'\n  after = 200\n  times = 8"
@@ -141,6 +141,14 @@ const KINDS: &[Kind] = &[
         beside: Beside::Undisturbed,
         needs: None,
         run: oom::run,
+    },
+    Kind {
+        name: "exhaust",
+        about: "processes killed for lack of memory of the machine",
+        count: 2,
+        beside: Beside::Undisturbed,
+        needs: None,
+        run: oom::exhaust,
     },
     Kind {
         name: "limit",

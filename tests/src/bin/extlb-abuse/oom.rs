@@ -1,19 +1,25 @@
-//! Not enough memory: a process whose memory the device fills is killed for it by its group's limit;
-//! and a group's limit that makes the kernel take pages from the device all the time.
+//! Not enough memory: a process whose memory the device fills is killed for it, by its group's limit
+//! or because the machine has no more; and a group's limit makes the kernel take pages from the
+//! device all the time.
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 use std::os::unix::process::ExitStatusExt;
 use std::process::Child;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use crate::cgroup::{Cgroup, Swap};
-use crate::proc_fs::{contexts, counter, eventually, vmstat};
-use crate::{Figures, Order, bystander};
+use crate::proc_fs::{contexts, counter, eventually, meminfo_kib, vmstat};
+use crate::{Figures, Order, bystander, role};
 
 const CHUNK: usize = 1 << 20;
 /// Memory of the group whose member is killed, in MiB.
 const SMALL_MIB: u64 = 24;
+/// Memory that is left to the process that takes all of the machine's, in MiB.
+const LEFT_MIB: u64 = 64;
 /// Memory that the device works on in turn, in MiB, and how much of it may be there at a time.
 const SWEPT_MIB: u64 = 48;
 const LIMIT_MIB: u64 = 20;
@@ -43,6 +49,34 @@ pub fn run(order: &Order) -> Result<Figures> {
         eventually("the driver forgets the killed process", || {
             Ok(contexts()? == 1)
         })?;
+    }
+    Ok(Figures::from([("killed".to_owned(), order.count)]))
+}
+
+/// Lets `count` processes take all memory of the machine: each is killed for it, and nobody else is.
+pub fn exhaust(order: &Order) -> Result<Figures> {
+    // Pages that can neither be swapped out nor dropped, and are nobody's whom it would help to kill.
+    let ballast = File::from(memfd_create(c"ballast", MFdFlags::MFD_CLOEXEC)?);
+    for _ in 0..order.count {
+        order.watch.step("leave little memory");
+        let mut bytes = ballast.metadata()?.len();
+        while meminfo_kib("MemAvailable")? > LEFT_MIB << 10 {
+            order.watch.alive();
+            ballast.write_all_at(&[1; CHUNK], bytes)?;
+            bytes += CHUNK as u64;
+        }
+        order
+            .watch
+            .step("a process is killed for lack of memory of the machine");
+        let kills = vmstat("oom_kill")?;
+        is_killed(role::start(&["hog"])?)?;
+        eventually("the driver forgets the killed process", || {
+            Ok(contexts()? == 1)
+        })?;
+        // Who is killed in place of the first, is killed soon after.
+        std::thread::sleep(Duration::from_millis(500));
+        let kills = vmstat("oom_kill")? - kills;
+        ensure!(kills == 1, "{kills} processes were killed, not only one");
     }
     Ok(Figures::from([("killed".to_owned(), order.count)]))
 }
