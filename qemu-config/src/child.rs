@@ -22,9 +22,22 @@ pub fn run(
     command: &mut Command,
     log: &Path,
     step: &mut Step,
-    mut detail: impl FnMut() -> String,
+    detail: impl FnMut() -> String,
 ) -> Result<()> {
-    let name = command.get_program().to_string_lossy().into_owned();
+    let status = run_to_end(command, log, step, detail)?;
+    check(&name(command), status, log)
+}
+
+/// Runs `command` likewise, and leaves it to the caller what its end means.
+///
+/// # Errors
+/// When it cannot be started.
+pub fn run_to_end(
+    command: &mut Command,
+    log: &Path,
+    step: &mut Step,
+    mut detail: impl FnMut() -> String,
+) -> Result<ExitStatus> {
     let output = File::create(log).with_context(|| format!("cannot write {}", log.display()))?;
     command
         .stdin(Stdio::null())
@@ -32,17 +45,20 @@ pub fn run(
         .stderr(output);
     let mut child = dies_with_us(command)
         .spawn()
-        .with_context(|| format!("cannot start {name}"))?;
+        .with_context(|| format!("cannot start {}", name(command)))?;
     let mut pause = Duration::from_millis(1);
-    let status = loop {
+    loop {
         if let Some(status) = child.try_wait()? {
-            break status;
+            return Ok(status);
         }
         step.tick(&mut detail);
         std::thread::sleep(pause);
         pause = (pause * 2).min(Duration::from_millis(100));
-    };
-    check(&name, status, log)
+    }
+}
+
+fn name(command: &Command) -> String {
+    command.get_program().to_string_lossy().into_owned()
 }
 
 fn check(name: &str, status: ExitStatus, log: &Path) -> Result<()> {
@@ -63,7 +79,7 @@ fn check(name: &str, status: ExitStatus, log: &Path) -> Result<()> {
 
 /// Runs a short program and returns its standard output.
 pub fn output(command: &mut Command) -> Result<String> {
-    let name = command.get_program().to_string_lossy().into_owned();
+    let name = name(command);
     let output = dies_with_us(command.stdin(Stdio::null()))
         .output()
         .with_context(|| format!("cannot start {name}"))?;

@@ -14,7 +14,7 @@ use crate::profile::{Mebibytes, Profile};
 use crate::rig::{GivenKernel, Options, Rig};
 use crate::run::{Addition, Request, run_command};
 use crate::vm::{Input, Sinks, window};
-use crate::{bench, cargo, demo, device, doctor, paths, sandbox, signals, suite};
+use crate::{bench, cargo, check, demo, device, doctor, paths, sandbox, signals, suite};
 
 /// A device that works on a process's memory by its virtual addresses, and a guest to watch it in.
 ///
@@ -66,6 +66,9 @@ enum KernelCommand {
         #[arg(value_name = "DIR")]
         folder: PathBuf,
     },
+    /// Check the patches and the driver with the kernel's own tools (checkpatch, sparse, …); takes
+    /// some minutes. Exit code 1 if they find anything
+    Check(check::Arguments),
 }
 
 /// The machine, beyond its profile.
@@ -181,6 +184,10 @@ fn execute(cli: Cli) -> Result<i32> {
         Command::Bench(subject) => bench::run(&options, &subject),
         Command::Kernel(KernelCommand::Build) => build_kernel(options.flavour),
         Command::Kernel(KernelCommand::Module { folder }) => build_module(&options, &folder),
+        Command::Kernel(KernelCommand::Check(arguments)) => {
+            let cache = paths::Cache::open()?;
+            check::run(&cache, &cargo::rig_binary(&cache)?, &arguments)
+        }
         Command::Device(_) | Command::Sandbox(_) => unreachable!("dealt with above"),
     }
 }

@@ -16,6 +16,7 @@
 
 pub mod bench;
 pub mod cargo;
+pub mod check;
 pub mod child;
 pub mod cli;
 pub mod compare;

@@ -115,43 +115,90 @@ pub const TOOLS: Recipe<'static> = Recipe {
     links: &[],
 };
 
+/// Packages that build a kernel.
+const COMPILER: [&str; 22] = [
+    "gcc-14",
+    "libc6-dev",
+    "make",
+    "flex",
+    "bison",
+    "bc",
+    "libelf-dev",
+    "perl",
+    "bash",
+    "coreutils",
+    "mawk",
+    "sed",
+    "grep",
+    "findutils",
+    "diffutils",
+    "patch",
+    "tar",
+    "gzip",
+    "xz-utils",
+    "hostname",
+    "kmod",
+    "cpio",
+];
+
+/// Links that go with them.
+const COMPILER_LINKS: [(&str, &str); 4] = [
+    ("usr/bin/sh", "bash"),
+    ("usr/bin/awk", "mawk"),
+    ("usr/bin/gcc", "gcc-14"),
+    ("usr/bin/cc", "gcc-14"),
+];
+
 /// What builds a kernel.
 pub const BUILD: Recipe<'static> = Recipe {
     name: "build",
     what: "the compiler",
-    packages: &[
-        "gcc-14",
-        "libc6-dev",
-        "make",
-        "flex",
-        "bison",
-        "bc",
-        "libelf-dev",
-        "perl",
-        "bash",
-        "coreutils",
-        "mawk",
-        "sed",
-        "grep",
-        "findutils",
-        "diffutils",
-        "patch",
-        "tar",
-        "gzip",
-        "xz-utils",
-        "hostname",
-        "kmod",
-        "cpio",
-    ],
+    packages: &COMPILER,
+    backports: false,
+    dependencies: Dependencies::All,
+    links: &COMPILER_LINKS,
+};
+
+/// What checks a kernel's source: it is compiled for that, too, and for another architecture.
+pub const CHECK: Recipe<'static> = Recipe {
+    name: "check",
+    what: "the checkers",
+    packages: &with_compiler::<4, 26>([
+        "sparse",
+        "coccinelle",
+        "libpython3.13",
+        "gcc-14-aarch64-linux-gnu",
+    ]),
     backports: false,
     dependencies: Dependencies::All,
     links: &[
-        ("usr/bin/sh", "bash"),
-        ("usr/bin/awk", "mawk"),
-        ("usr/bin/gcc", "gcc-14"),
-        ("usr/bin/cc", "gcc-14"),
+        COMPILER_LINKS[0],
+        COMPILER_LINKS[1],
+        COMPILER_LINKS[2],
+        COMPILER_LINKS[3],
+        // Coccinelle loads it by the name that only its development package has.
+        (
+            "usr/lib/libpython3.13.so",
+            "x86_64-linux-gnu/libpython3.13.so.1.0",
+        ),
     ],
 };
+
+const fn with_compiler<const MORE: usize, const ALL: usize>(
+    more: [&'static str; MORE],
+) -> [&'static str; ALL] {
+    let mut all = [""; ALL];
+    let mut at = 0;
+    while at < ALL {
+        all[at] = if at < MORE {
+            more[at]
+        } else {
+            COMPILER[at - MORE]
+        };
+        at += 1;
+    }
+    all
+}
 
 /// The kernel's source, as one compressed archive.
 pub const SOURCE: Recipe<'static> = Recipe {
