@@ -58,7 +58,7 @@ impl Ours {
     }
 }
 
-/// Reads lines `FILE:LINE: …` and `FILE:LINE:COLUMN: …`; the others are context, or talk. `at` turns
+/// Reads lines `FILE:LINE: …`, `FILE:LINE:COLUMN: …` and `FILE:LINE:COLUMN-COLUMN: …`; the others are context, or talk. `at` turns
 /// a path as the checker has it into one as people have it, or says that the line is no finding.
 pub fn parse(output: &str, at: impl Fn(&str) -> Option<String>) -> Vec<Finding> {
     let finding = |line: &str| {
@@ -66,7 +66,7 @@ pub fn parse(output: &str, at: impl Fn(&str) -> Option<String>) -> Vec<Finding> 
         let (number, rest) = rest.split_once(':')?;
         let number = number.parse().ok()?;
         let text = match rest.split_once(':') {
-            Some((column, text)) if column.parse::<u32>().is_ok() => text,
+            Some((column, text)) if column.split('-').all(|n| n.parse::<u32>().is_ok()) => text,
             _ => rest,
         };
         Some(Finding {
@@ -120,6 +120,11 @@ impl Exceptions {
         .context("exceptions")
     }
 
+    /// The checks that have exceptions.
+    pub fn checks(&self) -> impl Iterator<Item = &str> {
+        self.exception.iter().map(|e| e.check.as_str())
+    }
+
     /// Takes out what may stay. An exception that nothing needs is a finding itself: it would hide
     /// the next one.
     pub fn apply(&self, check: &str, found: Vec<Finding>) -> Vec<Finding> {
@@ -166,6 +171,7 @@ mod tests {
             \x20  12 |   int x;\n\
             /t/mm/a.c:9:1: error: expected ';'\n\
             /t/mm/a.h:3: warning: Function parameter 'y' not described\n\
+            /t/mm/b.c:23:15-20: ERROR: reference preceded by free on line 22\n\
             /t/mm/a.c:12:7: warning: unused variable 'x' [-Wunused-variable]\n\
             make[3]: *** [/t/Makefile:12: mm/a.o] Error 1\n";
         let found = parse(output, |path| path.strip_prefix("/t/").map(str::to_owned));
@@ -177,6 +183,7 @@ mod tests {
                 "warning: unused variable 'x' [-Wunused-variable]",
             ),
             finding("mm/a.h", 3, "warning: Function parameter 'y' not described"),
+            finding("mm/b.c", 23, "ERROR: reference preceded by free on line 22"),
         ];
         assert_eq!(found, expected);
     }

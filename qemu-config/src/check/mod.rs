@@ -12,7 +12,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde::Serialize;
 
 use crate::outcome::FAILED;
@@ -82,6 +82,12 @@ pub fn run(cache: &Cache, rig: &Path, arguments: &Arguments) -> Result<i32> {
     let exceptions = fs::read_to_string(&exceptions)
         .with_context(|| format!("cannot read {}", exceptions.display()))?;
     let exceptions = Exceptions::parse(&exceptions)?;
+    if let Some(unknown) = exceptions
+        .checks()
+        .find(|name| CHECKS.iter().all(|check| check.name != *name))
+    {
+        bail!("check-exceptions.toml has an exception for {unknown:?}, which is no check");
+    }
     let or_ours = |given: &Option<PathBuf>, ours: &str| {
         given.clone().unwrap_or_else(|| paths::repo().join(ours))
     };
